@@ -1,0 +1,120 @@
+"""Compile once: the entry points' cache, which notices when the Python state that a model reads has changed.
+
+JAX caches a compiled function by the identity of the Python function. A model that reads a global or a closure
+variable would then go on with the old value after the user has changed it. `compiled` adds a fingerprint of that
+state to the key: numbers and small containers by value, other objects by identity.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+_LIBRARIES = ("jax", "jaxlib", "numpy", "numpyro", "equinox", "optax", "blackjax", "expectax.ppl", "builtins")
+
+
+class _Identity:
+    """An object compared by identity and kept alive, so that its identity cannot be given to another."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class Fingerprint:
+    """The Python state behind some values; equal fingerprints may share a compiled program."""
+
+    def __init__(self, *values: Any):
+        """Walk the values: arrays that they hold openly are data, those behind functions are state."""
+        self.state = tuple(_walk(value, (), True) for value in values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fingerprint) and self.state == other.state
+
+    def __hash__(self) -> int:
+        return hash(self.state)
+
+
+def _walk(value: Any, seen: tuple[int, ...], data: bool) -> Any:
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type, types.ModuleType)):
+        return (type(value), value)
+    if isinstance(value, jax.Array):
+        return None if data else _Identity(value)
+    if isinstance(value, np.ndarray):
+        return None if data else (value.shape, str(value.dtype), value.tobytes())
+    if id(value) in seen:
+        return "seen"
+    seen = (*seen, id(value))
+    if isinstance(value, (list, tuple)):
+        return (type(value), *(_walk(v, seen, data) for v in value))
+    if isinstance(value, dict):
+        return (dict, *((_Identity(k) if not _plain(k) else k, _walk(v, seen, data)) for k, v in value.items()))
+    if isinstance(value, types.FunctionType):
+        return _walk_function(value, seen)
+    if isinstance(value, types.MethodType):
+        return (_walk(value.__func__, seen, False), _walk(value.__self__, seen, False))
+    if isinstance(value, functools.partial):
+        return (_walk(value.func, seen, False), _walk(value.args, seen, False), _walk(value.keywords, seen, False))
+    if isinstance(value, eqx.Module):
+        return (type(value), *(_walk(v, seen, data) for v in vars(value).values()))
+    if isinstance(getattr(value, "function", None), types.FunctionType):  # a model or an objective
+        return (_Identity(value), _walk(value.function, seen, False))
+    return _Identity(value)
+
+
+def _plain(key: Any) -> bool:
+    return isinstance(key, (str, int, bool, bytes))
+
+
+def _walk_function(function: types.FunctionType, seen: tuple[int, ...]) -> Any:
+    module = function.__module__ or ""
+    if module.startswith(_LIBRARIES):
+        return _Identity(function) if function.__closure__ is None else _with_cells(function, seen)
+    used = sorted(_names(function.__code__))
+    state = tuple((n, _walk(function.__globals__[n], seen, False)) for n in used if n in function.__globals__)
+    return (_with_cells(function, seen), state)
+
+
+def _with_cells(function: types.FunctionType, seen: tuple[int, ...]) -> Any:
+    cells = tuple(_walk(_content(cell), seen, False) for cell in function.__closure__ or ())
+    defaults = _walk((function.__defaults__, function.__kwdefaults__), seen, False)
+    return (_Identity(function.__code__), cells, defaults)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Return the global names that a code object, or one nested in it, may read."""
+    inner = (_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Jit an entry point of the library: arrays are data, everything else is part of the program."""
+
+    @eqx.filter_jit
+    def run(state: Fingerprint, args: Any, kwargs: Any) -> Any:
+        del state  # part of the cache's key only
+        return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return run(Fingerprint(args, kwargs), args, kwargs)
+
+    return call

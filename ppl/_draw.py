@@ -1,0 +1,137 @@
+"""`draw`: one random draw for all lanes.
+
+A vmap that does not map the key, and that the library made (`_jax.over_lanes`) or that stands in the model, extends
+the lanes of a single draw. A user's own vmap keeps JAX's meaning: with a mapped key it equals a loop over the keys,
+with an unmapped key every lane sees the same noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import _jax
+from ._distribution import Lane, NotFusable, align, batched, draw_type, lane_shape, rebuild, type_of
+
+
+class KeyLane(NamedTuple):
+    """A vmap around a draw: `key_dim` is the mapped axis of the key, `axis` the library's name if it made the vmap."""
+
+    lane: Lane
+    key_dim: int | None
+    axis: _jax.LaneAxis | None
+
+
+def draw(key: jax.Array, structure: Any, lanes: tuple[Lane, ...], leaves: Any) -> jax.Array:
+    """Draw one value per lane, shape `lanes + batch + event`; lanes are independent."""
+    plain = structure_type(structure, lanes, leaves)
+    return draw_p.bind(
+        key, *leaves, structure=structure, inner=lanes, outer=(), shape=plain.shape, dtype=jnp.dtype(plain.dtype)
+    )
+
+
+def structure_type(structure: Any, lanes: tuple[Lane, ...], leaves: Any) -> jax.ShapeDtypeStruct:
+    """Return shape (lanes first) and dtype of a draw."""
+    types = [type_of(leaf) for leaf in leaves]
+    for lane in reversed(lanes):
+        types = [_without(t, d) for t, d in zip(types, lane.dims, strict=True)]
+    one = draw_type(structure, types)
+    return jax.ShapeDtypeStruct(lane_shape(lanes) + one.shape, one.dtype)
+
+
+def _without(t: jax.ShapeDtypeStruct, dim: int | None) -> jax.ShapeDtypeStruct:
+    if dim is None:
+        return t
+    return jax.ShapeDtypeStruct(t.shape[:dim] + t.shape[dim + 1 :], t.dtype, weak_type=t.weak_type)
+
+
+def fused_sample(key: jax.Array, structure: Any, lanes: tuple[Lane, ...], leaves: Any) -> jax.Array:
+    """Draw all lanes from one key."""
+    if all(dim is None for lane in lanes for dim in lane.dims):
+        return rebuild(structure, leaves).sample(key, lane_shape(lanes))
+    aligned = rebuild(structure, align(lanes, leaves))
+    try:
+        whole = batched(aligned, len(lanes), lane_shape(lanes) + tuple(aligned.batch_shape))
+    except NotFusable:
+        return _split_sample(key, structure, lanes, leaves)
+    return whole.sample(key)
+
+
+def _split_sample(key: jax.Array, structure: Any, lanes: tuple[Lane, ...], leaves: Any) -> jax.Array:
+    def one(key: jax.Array, leaves: Any) -> jax.Array:
+        return rebuild(structure, leaves).sample(key)
+
+    for lane in lanes:
+        one = jax.vmap(one, in_axes=(0, list(lane.dims)), axis_size=lane.size)
+    return one(jax.random.split(key, lane_shape(lanes)), list(leaves))
+
+
+def _implementation(key: jax.Array, *leaves: Any, structure: Any, inner: Any, outer: Any, **_: Any) -> jax.Array:
+    lanes, rest = tuple(inner), list(outer)
+    while rest and rest[0].key_dim is None and rest[0].axis is not None:
+        lanes += (rest.pop(0).lane,)
+
+    def sample(key: jax.Array, leaves: Any) -> jax.Array:
+        return fused_sample(key, structure, lanes, leaves)
+
+    for around in rest:
+        sample = _vmapped(sample, around)
+    return sample(key, list(leaves))
+
+
+def _vmapped(sample: Any, around: KeyLane) -> Any:
+    size, dims = around.lane
+    if around.key_dim is None and around.axis is not None:  # the library's lanes around lanes with keys of their own
+        mapped = jax.vmap(sample, in_axes=(0, list(dims)), axis_size=size)
+        return lambda key, leaves: mapped(_split_each(key, size), leaves)
+    return jax.vmap(sample, in_axes=(around.key_dim, list(dims)), axis_size=size)
+
+
+def _split_each(key: jax.Array, size: int) -> jax.Array:
+    """Split every key of an array of keys; the new axis comes first."""
+    split = jax.vmap(lambda k: jax.random.split(k, size))(key.ravel())
+    return jnp.moveaxis(split, 1, 0).reshape(size, *key.shape)
+
+
+def _abstract(*_: Any, shape: Any, dtype: Any, **__: Any) -> Any:
+    return _jax.ShapedArray(shape, dtype)
+
+
+def _batch(axis: Any, args: Any, dims: Any, *, outer: Any, shape: Any, **params: Any) -> tuple[Any, int | None]:
+    key_dim, *leaf_dims = dims
+    name = axis.name if isinstance(axis.name, _jax.LaneAxis) else None
+    if name is None and all(d is None for d in dims):
+        return draw_p.bind(*args, outer=outer, shape=shape, **params), None
+    around = KeyLane(Lane(axis.size, tuple(leaf_dims)), key_dim, name)
+    return draw_p.bind(*args, outer=(*outer, around), shape=(axis.size, *shape), **params), 0
+
+
+def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+    """Differentiate through the sampler (pathwise), noise held fixed."""
+    key, *leaves = primals
+    moving = [j for j, t in enumerate(tangents[1:]) if not _jax.is_zero(t)]
+    for name in _jax.lane_axes():  # a derivative taken inside the library's lanes: give each lane its own key
+        if name not in {around.axis for around in params["outer"]}:
+            key = jax.random.fold_in(key, _jax.axis_index(name))
+
+    def sample(*moved: Any) -> jax.Array:
+        filled = list(leaves)
+        for j, value in zip(moving, moved, strict=True):
+            filled[j] = value
+        return _implementation(key, *filled, **params)
+
+    if not moving or not jnp.issubdtype(params["dtype"], jnp.inexact):
+        value = sample(*[leaves[j] for j in moving])
+        return value, _jax.zero_tangent(value)
+    return jax.jvp(sample, [leaves[j] for j in moving], [tangents[1 + j] for j in moving])
+
+
+def _eager(*args: Any, **params: Any) -> jax.Array:
+    return jax.jit(_implementation, static_argnames=tuple(params))(*args, **params)
+
+
+draw_p = _jax.define_primitive(
+    "draw", abstract=_abstract, batch=_batch, implementation=_eager, lowering=_jax.lower_as(_implementation), jvp=_jvp
+)

@@ -1,0 +1,225 @@
+"""The one file that touches JAX internals.
+
+Every name that JAX keeps in `jax.extend`, `jax.interpreters` or a jaxpr's parameters is wrapped here, so that a
+change in JAX is mended in one place. The rest of expectax sees equations, sub-jaxprs and primitives only through
+these functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax import lax
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
+from jax.extend.core import primitives as known
+from jax.interpreters import ad, batching, mlir
+
+__all__ = ["ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var", "ad", "batching", "mlir"]
+
+ShapedArray = jax.core.ShapedArray
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_MACHINERY = (
+    *(os.path.join(_ROOT, folder) + os.sep for folder in ("ppl", "vi", "inference")),
+    *(os.path.dirname(os.path.abspath(package.__file__)) + os.sep for package in (jax, eqx)),
+)
+
+
+def _primitives(*names: str) -> frozenset[Any]:
+    return frozenset(p for name in names if (p := getattr(known, name, None)) is not None)
+
+
+JIT = _primitives("jit_p", "pjit_p")
+REMAT = _primitives("remat_p", "checkpoint_p")
+SCAN = _primitives("scan_p")
+COND = _primitives("cond_p")
+CUSTOM = _primitives("custom_jvp_call_p", "custom_vjp_call_p", "custom_vjp_call_jaxpr_p")
+
+
+# --- jaxprs -----------------------------------------------------------------------------------------------------
+
+
+def close(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """Return `(open jaxpr, constants)` of an open or a closed jaxpr."""
+    return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
+
+
+def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Any]:
+    """Yield the jaxprs among an equation's parameters."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(item, "eqns"):
+                yield item
+
+
+def contains(jaxpr: Any, primitive: Primitive) -> bool:
+    """Tell whether `primitive` stands anywhere in `jaxpr`."""
+    return any(e.primitive is primitive or holds(e, primitive) for e in close(jaxpr)[0].eqns)
+
+
+def holds(eqn: JaxprEqn, primitive: Primitive) -> bool:
+    """Tell whether `primitive` stands in a sub-jaxpr of `eqn`."""
+    return any(contains(j, primitive) for j in sub_jaxprs(eqn))
+
+
+def called_jaxpr(eqn: JaxprEqn) -> Any | None:
+    """Return the jaxpr of a call that only wraps a computation (`jit`, `checkpoint`), else None."""
+    return eqn.params["jaxpr"] if eqn.primitive in JIT | REMAT else None
+
+
+def call_name(eqn: JaxprEqn) -> str:
+    """Return the name of a `jit` equation (empty for others)."""
+    return str(eqn.params.get("name", "")) if eqn.primitive in JIT else ""
+
+
+def scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
+    """Return `(number of constants, number of carries)` of a scan equation."""
+    if "num_consts" in eqn.params:  # until JAX 0.10
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()  # from JAX 0.11
+    return len(consts), len(carry)
+
+
+def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """Run one equation on new arguments, keeping the user's line for errors and profiles."""
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    with source_info_util.user_context(info.traceback, name_stack=stack):
+        bound = eqn.primitive.get_bind_params(eqn.params)  # (subfuns, params) until JAX 0.9, one dict from 0.10
+        subfuns, params = bound if isinstance(bound, tuple) else ((), bound)
+        out = eqn.primitive.bind(*subfuns, *args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+class Environment(dict):
+    """The values of a jaxpr's variables."""
+
+    def read(self, atom: Any) -> Any:
+        """Return the value of a variable or a literal."""
+        return atom.val if isinstance(atom, Literal) else self[atom]
+
+    @classmethod
+    def of(cls, jaxpr: Any, args: Sequence[Any]) -> Environment:
+        """Return the environment at the start of `jaxpr`."""
+        opened, consts = close(jaxpr)
+        env = cls(zip(opened.constvars, consts, strict=True))
+        env.update(zip(opened.invars, args, strict=True))
+        return env
+
+
+# --- places in the user's code ----------------------------------------------------------------------------------
+
+
+def caller() -> str:
+    """Return `file:line` of the nearest frame outside the machinery of expectax, JAX and equinox."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "unknown"
+
+
+def place(eqn: JaxprEqn) -> str:
+    """Return `file:line` of the user's code that made `eqn`."""
+    return source_info_util.summarize(eqn.source_info).split(" (")[0]
+
+
+# --- primitives -------------------------------------------------------------------------------------------------
+
+
+def define_primitive(
+    name: str,
+    abstract: Callable[..., Any],
+    batch: Callable[..., Any],
+    implementation: Callable[..., Any],
+    lowering: Callable[..., Any],
+    jvp: Callable[..., Any],
+) -> Primitive:
+    """Make a one-result primitive; `batch(axis, args, dims, **params)` runs for every vmap, mapped operands or not."""
+    primitive = Primitive(name)
+    primitive.def_abstract_eval(abstract)
+    primitive.def_impl(implementation)
+    batching.fancy_primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, lowering)
+    ad.primitive_jvps[primitive] = jvp
+    return primitive
+
+
+def lower_as(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the lowering rule of a primitive that means `function`."""
+    return mlir.lower_fun(function, multiple_results=False)
+
+
+def is_zero(tangent: Any) -> bool:
+    """Tell whether a tangent is JAX's symbolic zero."""
+    return type(tangent) is ad.Zero
+
+
+def zero_tangent(value: Any) -> Any:
+    """Return the symbolic zero tangent of a value."""
+    return ad.Zero.from_primal_value(value)
+
+
+# --- the lanes that the library makes itself --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LaneAxis:
+    """The name of a vmap axis along which draws with one unmapped key are independent."""
+
+    depth: int
+
+
+def lane_axes() -> list[LaneAxis]:
+    """Return the library's own vmap axes that enclose the present trace, outermost first."""
+    from jax._src.core import get_axis_env
+
+    return [name for name in get_axis_env().axis_sizes if isinstance(name, LaneAxis)]
+
+
+def over_lanes(function: Callable[..., Any], size: int, in_axes: Any = None, mean_axis: bool = False) -> Callable:
+    """Return `function` over `size` independent lanes: `vmap`, except that an unmapped key draws afresh in each lane.
+
+    One random draw then serves all lanes: splitting a key per lane costs five to seven times as much on a CPU.
+    `function` is given the axis' name first if `mean_axis` is set.
+    """
+
+    def call(*args: Any) -> Any:
+        name = LaneAxis(len(lane_axes()))
+        mapped = (lambda *xs: function(name, *xs)) if mean_axis else function
+        axes = (None,) * len(args) if in_axes is None else in_axes
+        return jax.vmap(mapped, in_axes=axes, axis_size=size, axis_name=name)(*args)
+
+    return call
+
+
+def axis_index(name: LaneAxis) -> Any:
+    """Return the number of the lane along one of the library's axes."""
+    return lax.axis_index(name)
+
+
+# --- `cond` under `vmap` ----------------------------------------------------------------------------------------
+
+
+def guard_batched_cond(primitive: Primitive, refuse: Callable[[str], Exception]) -> None:
+    """Refuse a `vmap` that turns `cond` into `select` when a branch holds `primitive`.
+
+    JAX batches a `cond` with a batched predicate by running *every* branch and selecting among the results. Sites in
+    the branches would then all be scored, taken or not: a silent wrong number. This wraps JAX's own batching rule,
+    which goes on unchanged where no branch holds a site.
+    """
+    for cond in COND:
+        original = batching.fancy_primitive_batchers[cond]
+
+        def rule(axis_data: Any, args: Any, dims: Any, *, _original: Any = original, **params: Any) -> Any:
+            if dims[0] is not None and any(contains(b, primitive) for b in params["branches"]):
+                raise refuse(caller())
+            return _original(axis_data, args, dims, **params)
+
+        batching.fancy_primitive_batchers[cond] = rule

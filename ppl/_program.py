@@ -1,0 +1,239 @@
+"""Models, bound programs and traces."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from . import _jax
+from ._choices import Choices, check_values
+from ._evaluate import Outcome, evaluate, site_table
+from ._nesting import nest
+from ._visitors import assessing, generating, rebinding
+
+
+class Staged(NamedTuple):
+    """A program as equations: the jaxpr, its arguments, its sites, and how to rebuild what it returns."""
+
+    jaxpr: Any
+    arguments: list[Any]
+    sites: Choices
+    returned: Callable[[list[Any]], Any]
+
+
+class Trace(eqx.Module):
+    """One run of a program: what was chosen, what was returned, and how dense it was.
+
+    Attributes:
+        program: the bound program that ran.
+        choices: nested dict of address to value.
+        retval: what the model returned.
+        log_density: log joint density of the choices, a scalar.
+    """
+
+    program: Program
+    choices: Choices
+    retval: Any
+    log_density: Float[Array, ""]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The arguments that the program was bound to."""
+        return self.program.args
+
+    def __getitem__(self, address: str) -> Any:
+        """Return the choice at an address (`trace["mu"]`)."""
+        return self.choices[address]
+
+
+class Program(eqx.Module):
+    """A model bound to its arguments: a measure over traces.
+
+    Made by calling a model. Arrays and Python floats among the arguments are data (new values cost no compilation);
+    integers, booleans, strings and other objects are fixed parts of the program.
+
+    Example:
+        >>> import jax, expectax as ex
+        >>> from expectax import dist
+        >>> @ex.model
+        ... def line(x):
+        ...     slope = ex.sample("slope", dist.Normal(0.0, 1.0))
+        ...     return ex.sample("y", dist.Normal(slope * x, 0.1))
+        >>> trace = line(jax.numpy.arange(3.0)).simulate(jax.random.key(0))
+        >>> trace["y"].shape
+        (3,)
+    """
+
+    model: Model = eqx.field(static=True)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def simulate(self, key: PRNGKeyArray) -> Trace:
+        r"""Run the program with random choices.
+
+        Args:
+            key: a typed key (`jax.random.key`).
+
+        Returns:
+            A trace whose `log_density` is $\log p(\text{choices})$.
+
+        Raises:
+            TypeError: the key is not a typed key.
+            AddressError, ControlFlowError: the model is malformed.
+        """
+        return self.generate(key, {})[0]
+
+    def assess(self, choices: Choices) -> tuple[Float[Array, ""], Any]:
+        r"""Score a full set of choices.
+
+        Args:
+            choices: nested dict with a value for every site; shapes must be those of the sites.
+
+        Returns:
+            `(log_density, retval)`; minus infinity outside the support.
+
+        Raises:
+            AddressError: an address is unknown or missing.
+            ShapeError, SupportError: a value does not fit its site.
+        """
+        staged = stage(self)
+        given = check_values(staged.sites, choices, "assess", _jax.caller(), complete=True)
+        outcome = evaluate(staged.jaxpr, staged.arguments, assessing, given=given)
+        return _scalar(outcome.log_density), staged.returned(outcome.outputs)
+
+    def generate(self, key: PRNGKeyArray, constraints: Choices) -> tuple[Trace, Float[Array, ""]]:
+        r"""Run the program with some choices given and the others drawn from the prior.
+
+        Args:
+            key: a typed key.
+            constraints: nested dict of the given values.
+
+        Returns:
+            `(trace, log_weight)`, the weight being $\log p(x, z) - \log q(z)$ with $q$ the prior of the drawn choices
+            along the run: the sum of the given sites' log densities. $E[e^{w}]$ is the evidence of the constraints.
+
+        Raises:
+            AddressError: an address is unknown.
+            ShapeError, SupportError: a value does not fit its site.
+        """
+        check_key(key)
+        staged = stage(self)
+        given = check_values(staged.sites, constraints, "generate", _jax.caller())
+        outcome = evaluate(staged.jaxpr, staged.arguments, generating, key, given)
+        trace = Trace(self, outcome.choices, staged.returned(outcome.outputs), _scalar(outcome.log_density))
+        return trace, _scalar(outcome.log_weight)
+
+    def given(self, observations: Choices) -> Any:
+        """Condition on observations; see `Posterior`.
+
+        Raises:
+            AddressError: an observation names no site (the nearest address is named).
+            ShapeError: its shape is not exactly the site's; expectax never broadcasts an observation.
+            SupportError: it lies outside the site's support.
+        """
+        from ._posterior import Posterior
+
+        staged = stage(self)
+        return Posterior(self, check_values(staged.sites, observations, "given", _jax.caller()))
+
+    def rebind(self) -> Outcome:
+        """Run the program inside an objective, leaving its choices to the objective's estimator."""
+        staged = stage(self)
+        outcome = evaluate(staged.jaxpr, staged.arguments, rebinding)
+        return outcome._replace(log_density=_scalar(outcome.log_density))
+
+    def sites(self) -> Choices:
+        """Return the nested dict of address to site entry (shape, dtype, distribution, place in the file)."""
+        return stage(self).sites
+
+    def _nest(self, address: str) -> Any:
+        return nest(address, functools.partial(self.model.function, *self.args, **self.kwargs))
+
+
+class Model:
+    """A function with sample sites; calling it binds it to arguments. Made by `expectax.model`."""
+
+    def __init__(self, function: Callable[..., Any]):
+        """Wrap a function."""
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Program:
+        """Bind the model to its arguments."""
+        args, kwargs = jax.tree.map(_as_data, (args, kwargs))
+        return Program(self, args, kwargs)
+
+    def __repr__(self) -> str:
+        """Show the model by its name."""
+        return f"<model {getattr(self, '__name__', '?')}>"
+
+    def __reduce__(self) -> Any:
+        """Pickle a model by its name, as functions are."""
+        return getattr(self, "__qualname__", None) or super().__reduce__()
+
+
+def model(function: Callable[..., Any]) -> Model:
+    """Turn a Python/JAX function with `sample` sites into a model.
+
+    Args:
+        function: any function of arrays and static values; inside, `jax.vmap`, `lax.scan`, `jax.jit` and calls of
+            other models (`sample("address", other(args))`) are plain JAX.
+
+    Returns:
+        A `Model`; `model(*args)` is a `Program`.
+
+    Example:
+        >>> import jax, expectax as ex
+        >>> from expectax import dist
+        >>> @ex.model
+        ... def pair():
+        ...     return jax.vmap(lambda m: ex.sample("x", dist.Normal(m, 1.0)))(jax.numpy.array([0.0, 5.0]))
+        >>> pair().simulate(jax.random.key(0)).choices["x"].shape
+        (2,)
+    """
+    return Model(function)
+
+
+def _as_data(leaf: Any) -> Any:
+    """Make data of arrays and floats; leave the rest static."""
+    numeric = isinstance(leaf, (float, complex, np.ndarray)) and not isinstance(leaf, np.generic)
+    return jnp.asarray(leaf) if numeric or isinstance(leaf, np.floating) else leaf
+
+
+def stage(program: Program) -> Staged:
+    """Trace the program into equations, afresh each time: Python state that it reads may have changed."""
+    dynamic, static = eqx.partition((program.args, program.kwargs), eqx.is_array)
+    arguments, structure = jax.tree.flatten(dynamic)
+    box: list[Any] = []
+
+    def run(*leaves: Any) -> Any:
+        args, kwargs = eqx.combine(jax.tree.unflatten(structure, leaves), static)
+        arrays, rest = eqx.partition(program.model.function(*args, **kwargs), eqx.is_array)
+        flat, tree = jax.tree.flatten(arrays)
+        box.append((tree, rest))
+        return flat
+
+    jaxpr = jax.make_jaxpr(run)(*arguments)
+    tree, rest = box[-1]
+    return Staged(
+        jaxpr, arguments, site_table(jaxpr), lambda outputs: eqx.combine(jax.tree.unflatten(tree, outputs), rest)
+    )
+
+
+def check_key(key: Any) -> None:
+    """Refuse what is not one typed key."""
+    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        raise TypeError(f"expected a typed key from jax.random.key(seed), got {type(key).__name__}.")
+    if key.shape != ():
+        raise TypeError(f"expected one key, got an array of keys of shape {key.shape}: use jax.vmap over keys.")
+
+
+def _scalar(total: Any) -> Any:
+    return jnp.asarray(total, jnp.result_type(float)) if isinstance(total, float) else total

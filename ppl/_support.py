@@ -1,0 +1,80 @@
+"""Supports: is a value in it, does one contain another, which are fixed, and how to leave it for the real line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+
+
+def whole_space(support: Any) -> bool:
+    """Tell whether a support excludes nothing (so that no check is needed)."""
+    if isinstance(support, constraints.independent):
+        return whole_space(support.base_constraint)
+    return isinstance(support, type(constraints.real))
+
+
+def density_in_support(d: dist.Distribution, value: Any, log_prob: Any) -> Any:
+    """Return `log_prob(value)`, with minus infinity outside the support and a gradient without nan there."""
+    support = d.support
+    if support is None or whole_space(support):
+        return log_prob(value)
+    inside = support(value)
+    event = support.event_dim
+    mask = jnp.reshape(inside, jnp.shape(inside) + (1,) * event)
+    safe = jnp.where(mask, value, jnp.asarray(support.feasible_like(value), jnp.result_type(value)))
+    terms = log_prob(safe)
+    while jnp.ndim(inside) > jnp.ndim(terms):
+        inside = jnp.all(inside, axis=-1)
+    return jnp.where(inside, terms, -jnp.inf)
+
+
+def transform_of(d: dist.Distribution) -> Any:
+    """Return numpyro's bijection from unconstrained space onto the support of `d`."""
+    return dist.biject_to(d.support)
+
+
+def jacobian(transform: Any, unconstrained: Any, value: Any) -> Any:
+    """Return the summed log absolute Jacobian determinant of a transform."""
+    return jnp.sum(transform.log_abs_det_jacobian(unconstrained, value))
+
+
+# --- comparing supports -----------------------------------------------------------------------------------------
+
+
+def contains(outer: Any, inner: Any) -> bool:
+    """Tell whether `outer` contains `inner`; bounds that are not known while staging count as fitting."""
+    outer, inner = _elementwise(outer), _elementwise(inner)
+    if bool(outer.is_discrete) != bool(inner.is_discrete):
+        return False
+    a, b = _interval(outer), _interval(inner)
+    if a is None or b is None:
+        return type(outer) is type(inner)
+    return _not_above(a[0], b[0]) and _not_above(b[1], a[1])
+
+
+def _elementwise(support: Any) -> Any:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def _interval(support: Any) -> tuple[Any, Any] | None:
+    """Return the bounds of a support that is an interval (of reals or integers), else None."""
+    if whole_space(support) or support is constraints.circular:
+        return -np.inf, np.inf
+    if support is constraints.boolean:
+        return 0, 1
+    if not (hasattr(support, "lower_bound") or hasattr(support, "upper_bound")):
+        return None
+    return getattr(support, "lower_bound", -np.inf), getattr(support, "upper_bound", np.inf)
+
+
+def _not_above(a: Any, b: Any) -> bool:
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return True
+    return bool(np.all(np.asarray(a) <= np.asarray(b)))

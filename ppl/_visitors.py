@@ -1,0 +1,84 @@
+"""The visitors: what each way of running a model does at a site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array
+
+from ._draw import draw
+from ._evaluate import Visit
+from ._sample import Site, lanes_of, rebind
+from ._support import density_in_support, jacobian, transform_of
+
+
+def draw_site(site: Site, leaves: Any, key: Any) -> Array:
+    """Draw the value of a site, all lanes at once."""
+    return draw(key, site.structure, site.lanes, leaves)
+
+
+def scored(site: Site, leaves: Any, value: Any) -> Array:
+    """Return the log density of a value from outside: minus infinity where it is not in the support."""
+
+    def one(value: Any, leaves: Any) -> Array:
+        d = site.distribution(leaves)
+        return density_in_support(d, value, lambda x: site.terms(d, x)).sum()
+
+    return lanes_of(site, one, value, leaves=leaves)
+
+
+def generating(site: Site, leaves: Any, key: Any, given: Any) -> Visit:
+    """Take the given value and weigh it by its density; else draw (`simulate`, `generate`)."""
+    if given is None:
+        value = draw_site(site, leaves, key)
+        return Visit(value, value, site.log_density(value, leaves), 0.0)
+    log_density = scored(site, leaves, given)
+    return Visit(given, given, log_density, log_density)
+
+
+def assessing(site: Site, leaves: Any, key: Any, given: Any) -> Visit:
+    """Score the given value (`assess`)."""
+    del key
+    return Visit(given, given, scored(site, leaves, given), 0.0)
+
+
+def rebinding(site: Site, leaves: Any, key: Any, given: Any) -> Visit:
+    """Leave the choice to the enclosing program, and score it (`vi.simulate`)."""
+    del key, given
+    value = rebind(site, leaves)
+    return Visit(value, value, site.log_density(value, leaves), 0.0)
+
+
+class Observed(eqx.Module):
+    """A value that is kept as it is while the others change space."""
+
+    value: Array
+
+
+def constraining(site: Site, leaves: Any, key: Any, given: Any) -> Visit:
+    """Map an unconstrained value into the support; the weight is the log Jacobian."""
+    del key
+    if isinstance(given, Observed):
+        return Visit(given.value, given.value, scored(site, leaves, given.value), 0.0)
+
+    def one(unconstrained: Any, leaves: Any) -> Any:
+        transform = transform_of(site.distribution(leaves))
+        value = transform(unconstrained)
+        return value, jacobian(transform, unconstrained, value)
+
+    value, log_jacobian = lanes_of(site, one, given, leaves=leaves)
+    return Visit(value, value, site.log_density(value, leaves), log_jacobian)
+
+
+def unconstraining(site: Site, leaves: Any, key: Any, given: Any) -> Visit:
+    """Map a value out of its support onto the reals; the record is the unconstrained value."""
+    del key
+    if isinstance(given, Observed):
+        return Visit(given.value, given.value, 0.0, 0.0)
+
+    def one(value: Any, leaves: Any) -> Array:
+        return transform_of(site.distribution(leaves)).inv(value)
+
+    return Visit(given, lanes_of(site, one, given, leaves=leaves), 0.0, 0.0)
+
