@@ -84,7 +84,10 @@ def _total(density: Any) -> Any:
 def _at_site(eqn: Any, leaves: Any, visitor: Visitor, keys: Iterator[Any], given: dict[str, Any]) -> Outcome:
     site = eqn.params["site"]
     visit = visitor(site, leaves, next(keys, None), given.get(site.address))
-    return Outcome([visit.value], {site.address: visit.record}, _total(visit.log_density), _total(visit.log_weight))
+    log_density = visit.log_density
+    if not isinstance(log_density, float):
+        log_density = _jax.tag(log_density, site.address)
+    return Outcome([visit.value], {site.address: visit.record}, _total(log_density), _total(visit.log_weight))
 
 
 def _inside(eqn: Any, values: Any, visitor: Visitor, keys: Iterator[Any], given: dict[str, Any]) -> Outcome:

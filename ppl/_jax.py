@@ -16,6 +16,7 @@ from typing import Any
 import equinox as eqx
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
 from jax.extend.core import primitives as known
@@ -38,6 +39,7 @@ def _primitives(*names: str) -> frozenset[Any]:
 
 JIT = _primitives("jit_p", "pjit_p")
 REMAT = _primitives("remat_p", "checkpoint_p")
+_TAG = "expectax_site:"
 SCAN = _primitives("scan_p")
 COND = _primitives("cond_p")
 CUSTOM = _primitives("custom_jvp_call_p", "custom_vjp_call_p", "custom_vjp_call_jaxpr_p")
@@ -77,6 +79,13 @@ def called_jaxpr(eqn: JaxprEqn) -> Any | None:
 def call_name(eqn: JaxprEqn) -> str:
     """Return the name of a `jit` equation (empty for others)."""
     return str(eqn.params.get("name", "")) if eqn.primitive in JIT else ""
+
+
+def custom_jaxpr(eqn: JaxprEqn) -> Any | None:
+    """Return the primal jaxpr of a call with a derivative rule of its own, else None."""
+    if eqn.primitive not in CUSTOM:
+        return None
+    return eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
 
 
 def scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
@@ -163,7 +172,18 @@ def is_zero(tangent: Any) -> bool:
 
 def zero_tangent(value: Any) -> Any:
     """Return the symbolic zero tangent of a value."""
-    return ad.Zero.from_primal_value(value)
+    return ad.Zero(jax.typeof(value).to_tangent_aval())
+
+
+def tag(value: Any, address: str) -> Any:
+    """Return the value, marked in the jaxpr as belonging to an address; it costs nothing when compiled."""
+    return checkpoint_name(value, _TAG + address)
+
+
+def tagged(eqn: JaxprEqn) -> str | None:
+    """Return the address of a tag's equation, else None."""
+    name = str(eqn.params.get("name", "")) if eqn.primitive.name == "name" else ""
+    return name[len(_TAG) :] if name.startswith(_TAG) else None
 
 
 # --- the lanes that the library makes itself --------------------------------------------------------------------

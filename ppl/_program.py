@@ -167,7 +167,7 @@ class Model:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Program:
         """Bind the model to its arguments."""
-        args, kwargs = jax.tree.map(_as_data, (args, kwargs))
+        args, kwargs = as_data((args, kwargs))
         return Program(self, args, kwargs)
 
     def __repr__(self) -> str:
@@ -201,10 +201,9 @@ def model(function: Callable[..., Any]) -> Model:
     return Model(function)
 
 
-def _as_data(leaf: Any) -> Any:
-    """Make data of arrays and floats; leave the rest static."""
-    numeric = isinstance(leaf, (float, complex, np.ndarray)) and not isinstance(leaf, np.generic)
-    return jnp.asarray(leaf) if numeric or isinstance(leaf, np.floating) else leaf
+def as_data(tree: Any) -> Any:
+    """Make arrays of the numpy arrays and floats in a tree; integers, strings and other objects stay as they are."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, (float, complex, np.ndarray, np.generic)) else x, tree)
 
 
 def stage(program: Program) -> Staged:

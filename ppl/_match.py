@@ -1,0 +1,67 @@
+"""Does a guide fit a posterior? The check that every algorithm with a guide or a proposal makes before it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._choices import leaves_of
+from ._errors import AddressError, ShapeError, SupportError, nearest
+from ._evaluate import Entry
+from ._posterior import Posterior
+from ._program import Program
+from ._support import contains
+
+
+def check_guide(guide: Program, posterior: Posterior, where: str, covering: bool = False) -> None:
+    """Refuse a guide whose addresses, shapes or supports do not fit the latents.
+
+    Every latent must have its site in the guide and every site of the guide its latent. A guide's support must lie in
+    its latent's (else $E_q[\\log p]$ is minus infinity); with `covering`, as importance sampling needs, also the other
+    way round.
+    """
+    sites = dict(leaves_of(guide.sites()))
+    latents = dict(leaves_of(posterior.latent_sites()))
+    observed = dict(leaves_of(posterior.observations))
+    for path, entry in sites.items():
+        if path in observed:
+            raise AddressError(f"the guide at {entry.site.where} has a site {path!r}, which the posterior observes.")
+        if path not in latents:
+            raise AddressError(
+                f"the guide's site {path!r} at {entry.site.where} is no latent of the model.{nearest(path, latents)}"
+            )
+    for path, entry in latents.items():
+        if path not in sites:
+            raise AddressError(
+                f"the guide used at {where} has no site {path!r}, a latent of the model (at {entry.site.where}); its "
+                f"posterior would silently be the prior.{nearest(path, sites)}"
+            )
+        _check_site(path, sites[path], entry, covering)
+
+
+def _check_site(path: str, guide: Entry, model: Entry, covering: bool) -> None:
+    if guide.shape != model.shape:
+        raise ShapeError(
+            f"site {path!r} has shape {guide.shape} in the guide (at {guide.site.where}) but {model.shape} in the "
+            f"model (at {model.site.where})."
+        )
+    inner, outer = support_of(guide), support_of(model)
+    if inner is None or outer is None:
+        return
+    if not contains(outer, inner):
+        raise SupportError(
+            f"site {path!r}: the guide's support {inner} (at {guide.site.where}) is not inside the model's {outer} "
+            f"(at {model.site.where}). Transform the guide's distribution, for instance LogNormal for a positive site."
+        )
+    if covering and not contains(inner, outer):
+        raise SupportError(
+            f"site {path!r}: the proposal's support {inner} (at {guide.site.where}) does not cover the model's {outer} "
+            f"(at {model.site.where}), so importance weights would be biased."
+        )
+
+
+def support_of(entry: Entry) -> Any | None:
+    """Return a site's support, with None for what its parameters would have to tell."""
+    try:
+        return entry.site.distribution([None] * entry.site.structure.num_leaves).support
+    except Exception:  # the support needs the parameters' values
+        return None

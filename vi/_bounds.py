@@ -1,0 +1,98 @@
+"""The shipped objectives, each written in the objective language."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from expectax.ppl import Posterior, Program, _jax
+from expectax.ppl._match import check_guide
+
+from ._objective import Objective, log_density, simulate
+
+Guide = Callable[[Any], Program]
+
+
+def elbo(posterior: Posterior, guide: Guide) -> Objective:
+    r"""The evidence lower bound $E_{q_\phi}[\log p(z, y) - \log q_\phi(z)] \le \log p(y)$.
+
+    Args:
+        posterior: the target, `program.given(observations)`.
+        guide: a model of the parameters, with exactly the posterior's latents as sites.
+
+    Returns:
+        An objective to maximise over `params`.
+
+    Raises:
+        AddressError, ShapeError, SupportError: at first use, if the guide does not fit the posterior.
+
+    Source: Jordan et al. 1999; as a program: Becker et al., PLDI 2024.
+
+    Example:
+        >>> import jax, expectax as ex
+        >>> from expectax import dist, vi
+        >>> @ex.model
+        ... def model():
+        ...     z = ex.sample("z", dist.Normal(0.0, 1.0))
+        ...     ex.sample("y", dist.Normal(z, 1.0))
+        >>> @ex.model
+        ... def guide(mean):
+        ...     ex.sample("z", dist.Normal(mean, 0.5**0.5))
+        >>> bound = vi.elbo(model().given({"y": 1.0}), guide)
+        >>> round(float(vi.estimate(bound, 0.5, jax.random.key(0)).mean), 3)  # tight: the guide is the posterior
+        -1.516
+    """
+    _check_posterior(posterior)
+    return Objective(_elbo, (posterior, guide))
+
+
+def _elbo(posterior: Posterior, guide: Guide, params: Any) -> Any:
+    check_guide(guide(params), posterior, _jax.caller())
+    z, log_q = simulate(guide(params))
+    return log_density(posterior, z) - log_q
+
+
+def iwelbo(posterior: Posterior, guide: Guide, num_particles: int) -> Objective:
+    r"""The importance-weighted bound $E\left[\log \frac1n \sum_{i=1}^n p(z_i, y) / q_\phi(z_i)\right] \le \log p(y)$.
+
+    Args:
+        posterior: the target.
+        guide: a model of the parameters, with exactly the posterior's latents as sites.
+        num_particles: $n$; with 1 it is the ELBO, and it grows towards the log evidence with $n$.
+
+    Returns:
+        An objective to maximise over `params`.
+
+    Raises:
+        AddressError, ShapeError, SupportError: at first use, if the guide does not fit the posterior.
+        ValueError: `num_particles` is less than 1.
+
+    Source: Burda, Grosse and Salakhutdinov 2016.
+
+    Example: as `vi.elbo`, with `vi.iwelbo(posterior, guide, 5)`.
+    """
+    _check_posterior(posterior)
+    if num_particles < 1:
+        raise ValueError(f"iwelbo needs num_particles >= 1, got {num_particles}.")
+    return Objective(_iwelbo, (posterior, guide, num_particles))
+
+
+def _iwelbo(posterior: Posterior, guide: Guide, num_particles: int, params: Any) -> Any:
+    check_guide(guide(params), posterior, _jax.caller())
+
+    def particle(_: Any) -> Any:
+        z, log_q = simulate(guide(params))
+        return log_density(posterior, z) - log_q
+
+    log_weights = jax.vmap(particle)(jnp.arange(num_particles))
+    return jax.nn.logsumexp(log_weights) - jnp.log(num_particles)
+
+
+def _check_posterior(posterior: Any) -> None:
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            f"expected a posterior, model(args).given(observations), got {type(posterior).__name__}."
+        )

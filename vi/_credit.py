@@ -1,0 +1,151 @@
+r"""Credit assignment: which random choices does each value depend on, and along which of its axes?
+
+A *score* is the log density of a score-function site, one number per independent element: its axes are the scan
+steps, lanes and batch elements. For every value we keep, per score, the axis of the value along which each score axis
+runs, or None where the value mixes that axis. A cost that depends on lane `i` only is then multiplied by the box of
+lane `i` only: $\exp(\tau_i - \text{sg}\,\tau_i)$. Flow rules are per primitive; a primitive without a rule mixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from expectax.ppl import _jax
+
+Axes = tuple[int | None, ...]
+Dependence = dict[int, Axes]
+"""Score number -> for each axis of the score, the value's axis that follows it (None: mixed)."""
+
+_ELEMENTWISE = set(
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos "
+    "cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p "
+    "logistic lt max min mul name ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh "
+    "sqrt square stop_gradient sub tan tanh xor".split()
+)
+_REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"}
+
+
+def merge(a: Dependence, b: Dependence) -> Dependence:
+    """Return the dependence of a value made of two: axes that disagree are mixed."""
+    merged = dict(a)
+    for score, axes in b.items():
+        mine = merged.get(score, axes)
+        merged[score] = tuple(x if x == y else None for x, y in zip(mine, axes, strict=True))
+    return merged
+
+
+def moved(dependence: Dependence, move: Callable[[int], int | None]) -> Dependence:
+    """Return the dependence after each axis `a` of the value went to `move(a)` (None: mixed)."""
+    return {
+        score: tuple(None if axis is None else move(axis) for axis in axes) for score, axes in dependence.items()
+    }
+
+
+def mixed(dependence: Dependence) -> Dependence:
+    """Return the dependence with every axis mixed."""
+    return moved(dependence, lambda axis: None)
+
+
+def flow(eqn: Any, inputs: list[Dependence]) -> list[Dependence]:
+    """Return the dependence of each output of an equation."""
+    if not any(inputs):
+        return [{} for _ in eqn.outvars]
+    inner = _jax.custom_jaxpr(eqn)
+    if inner is not None:
+        return _through(inner, inputs)
+    return [_flow_to(eqn, var.aval.shape, inputs) for var in eqn.outvars]
+
+
+def _through(jaxpr: Any, inputs: list[Dependence]) -> list[Dependence]:
+    opened = _jax.close(jaxpr)[0]
+    known: dict[Any, Dependence] = dict(zip(opened.invars, inputs, strict=True))
+    for eqn in opened.eqns:
+        known.update(zip(eqn.outvars, flow(eqn, [of(known, v) for v in eqn.invars]), strict=True))
+    return [of(known, v) for v in opened.outvars]
+
+
+def of(known: dict[Any, Dependence], atom: Any) -> Dependence:
+    """Return what is known of a variable (nothing of a literal)."""
+    return {} if isinstance(atom, _jax.Literal) else known.get(atom, {})
+
+
+def _flow_to(eqn: Any, out: tuple[int, ...], inputs: list[Dependence]) -> Dependence:
+    result: Dependence = {}
+    for number, dependence in enumerate(inputs):
+        if dependence:
+            result = merge(result, moved(dependence, _mover(eqn, number, out)))
+    return result
+
+
+def _mover(eqn: Any, number: int, out: tuple[int, ...]) -> Callable[[int], int | None]:
+    """Return where an equation takes the axes of one of its inputs."""
+    name, params = eqn.primitive.name, eqn.params
+    shape = eqn.invars[number].aval.shape
+    if name in _ELEMENTWISE:
+        return (lambda a: a) if shape == out else _nowhere
+    if name in _REDUCTIONS:
+        gone = params["axes"]
+        return lambda a: None if a in gone else a - sum(g < a for g in gone)
+    if name == "broadcast_in_dim":
+        to = params["broadcast_dimensions"]
+        return lambda a: to[a] if out[to[a]] == shape[a] else None
+    if name == "squeeze":
+        gone = params["dimensions"]
+        return lambda a: None if a in gone else a - sum(g < a for g in gone)
+    if name == "transpose":
+        return lambda a: params["permutation"].index(a)
+    if name == "reshape":
+        return _reshaped(shape, out)
+    if name == "concatenate":
+        return lambda a: None if a == params["dimension"] else a
+    if name == "dot_general":
+        return _contracted(params["dimension_numbers"], number, len(shape), len(eqn.invars[0].aval.shape))
+    return _nowhere
+
+
+def _nowhere(axis: int) -> None:
+    del axis
+
+
+def _reshaped(shape: Any, out: Any) -> Callable[[int], int | None]:
+    """An axis survives a reshape where the sizes before and after it multiply to the same numbers."""
+
+    def move(a: int) -> int | None:
+        before = _product(shape[:a])
+        fits = [b for b in range(len(out)) if out[b] == shape[a] and _product(out[:b]) == before]
+        return fits[0] if len(fits) == 1 else None
+
+    return move
+
+
+def _product(sizes: Any) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _contracted(numbers: Any, number: int, ndim: int, left_ndim: int) -> Callable[[int], int | None]:
+    """Batch axes come first in the result of `dot_general`, then the left's free axes, then the right's."""
+    (contract, batch) = numbers
+    mine, own_batch = contract[number], batch[number]
+    free = [a for a in range(ndim) if a not in mine and a not in own_batch]
+    before = len(own_batch) + (left_ndim - len(contract[0]) - len(batch[0]) if number == 1 else 0)
+
+    def move(a: int) -> int | None:
+        if a in mine:
+            return None
+        return list(own_batch).index(a) if a in own_batch else before + free.index(a)
+
+    return move
+
+
+def lane_mover(lanes: Any, j: int, ndim: int) -> Callable[[int], int | None]:
+    """Return where a site takes the axes of its `j`-th leaf: a lane's axis to the lane, others are mixed."""
+    axes = list(range(ndim))
+    found: dict[int, int] = {}
+    for position, lane in enumerate(reversed(lanes)):
+        if lane.dims[j] is not None:
+            found[axes.pop(lane.dims[j])] = position
+    return found.get

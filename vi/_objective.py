@@ -1,0 +1,251 @@
+"""Objectives: scalar programs with random choices, and their estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from expectax.ppl import Posterior, Program, ShapeError, _jax
+from expectax.ppl._compile import compiled
+from expectax.ppl._program import as_data, check_key
+
+from ._flat import flatten
+from ._surrogate import Check, surrogate
+
+
+class Objective(eqx.Module):
+    r"""A scalar program $f(\theta)$ whose expectation over its random choices is to be maximised.
+
+    Made by `vi.objective`, or by a shipped objective such as `vi.elbo`.
+
+    Attributes:
+        function: called as `function(*captured, params)`.
+        captured: data that the objective carries (posteriors, guides), so that new data costs no compilation.
+    """
+
+    function: Callable[..., Any] = eqx.field(static=True)
+    captured: tuple[Any, ...] = ()
+
+    def __call__(self, params: Any) -> Any:
+        """Run the objective inside another one: its choices become choices of the outer objective."""
+        return self.function(*self.captured, params)
+
+    def surrogate(self, params: Any, key: PRNGKeyArray, num_samples: int = 1) -> Float[Array, ""]:
+        r"""Return a differentiable unbiased estimate, averaged over independent samples.
+
+        Args:
+            params: a pytree.
+            key: a typed key.
+            num_samples: how many independent samples to average.
+
+        Returns:
+            A scalar $\hat f$ with $E[\hat f] = E[f]$ and $E[\nabla^n \hat f] = \nabla^n E[f]$ for every order $n$.
+
+        Raises:
+            ShapeError: the objective does not return a scalar.
+            StrategyError: a site's gradient strategy does not fit it.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, expectax as ex
+            >>> from expectax import dist, vi
+            >>> @vi.objective
+            ... def square(p):
+            ...     return ex.sample("b", dist.Bernoulli(p)) * 2.0
+            >>> float(jax.grad(square.surrogate)(0.25, jax.random.key(0)))
+            2.0
+        """
+        check_key(key)
+        jaxpr, leaves = self._staged(params)
+        if num_samples == 1:
+            return surrogate(jaxpr, leaves, key)
+
+        def one(name: Any, key: Any) -> Any:
+            return surrogate(jaxpr, leaves, key, (name, num_samples))
+
+        return jnp.mean(_jax.over_lanes(one, num_samples, mean_axis=True)(key))
+
+    def _staged(self, params: Any) -> tuple[Any, list[Any]]:
+        dynamic, static = eqx.partition((self.captured, as_data(params)), eqx.is_array)
+        leaves, structure = jax.tree.flatten(dynamic)
+
+        def run(*leaves: Any) -> Any:
+            captured, params = eqx.combine(jax.tree.unflatten(structure, leaves), static)
+            value = self.function(*captured, params)
+            if jnp.shape(value) != ():
+                raise ShapeError(f"{self!r} must return a scalar, but returned shape {jnp.shape(value)}.")
+            return jnp.asarray(value, jnp.result_type(float))
+
+        return flatten(jax.make_jaxpr(run)(*leaves), leaves), leaves
+
+    def __repr__(self) -> str:
+        """Show the objective by its name."""
+        return f"<objective {getattr(self.function, '__name__', '?')}>"
+
+
+def objective(function: Callable[[Any], Any]) -> Objective:
+    """Turn a scalar function of the parameters, with random choices, into an objective to maximise.
+
+    Args:
+        function: called with the parameters; inside, `vi.simulate(guide(params))`, `vi.log_density(posterior, z)`,
+            `expectax.sample`, `jax.vmap` over particles and any JAX code. It returns a scalar.
+
+    Returns:
+        An `Objective`.
+
+    Source: the objective language of Becker et al., PLDI 2024.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, expectax as ex
+        >>> from expectax import dist, vi
+        >>> @vi.objective
+        ... def quadratic(mean):
+        ...     return -ex.sample("x", dist.Normal(mean, 1.0)) ** 2
+        >>> value, gradient = vi.value_and_grad(quadratic)(1.0, jax.random.key(0), num_samples=8)
+        >>> gradient.shape
+        ()
+    """
+    return Objective(function)
+
+
+def simulate(program: Program) -> tuple[Any, Float[Array, ""]]:
+    r"""Run a guide inside an objective.
+
+    Args:
+        program: a bound model, such as `guide(params)`.
+
+    Returns:
+        `(choices, log_density)`: the nested dict of choices and $\log q(z)$. The choices are the objective's own: its
+        estimator draws them and differentiates through them.
+
+    Raises:
+        TypeError: `program` is not a bound model.
+
+    Example: see `vi.objective`.
+    """
+    if not isinstance(program, Program):
+        raise TypeError(f"vi.simulate takes a bound model such as guide(params), got {type(program).__name__}.")
+    outcome = program.rebind()
+    return outcome.choices, outcome.log_density
+
+
+def log_density(target: Program | Posterior, choices: Any) -> Float[Array, ""]:
+    r"""Score choices inside an objective (or anywhere else).
+
+    Args:
+        target: a posterior, for $\log p(z, y)$ at the latents, or a bound model, for $\log p$ at all its choices.
+        choices: nested dict of values.
+
+    Returns:
+        A scalar; minus infinity outside the support.
+
+    Raises:
+        AddressError, ShapeError, SupportError: the choices do not fit the target.
+
+    Example:
+        >>> import expectax as ex
+        >>> from expectax import dist, vi
+        >>> @ex.model
+        ... def normal():
+        ...     ex.sample("x", dist.Normal(0.0, 1.0))
+        >>> round(float(vi.log_density(normal(), {"x": 0.0})), 4)
+        -0.9189
+    """
+    if isinstance(target, Posterior):
+        return target.log_density(choices)
+    return target.assess(choices)[0]
+
+
+def _loss(differentiable: Any, rest: Any, objective: Objective, key: Any, num_samples: int) -> Any:
+    return objective.surrogate(eqx.combine(differentiable, rest), key, num_samples)
+
+
+def gradient_step(objective: Objective, params: Any, key: Any, num_samples: int) -> tuple[Any, Any]:
+    """Return `(value, gradient)`; the gradient has None where a parameter is not a float."""
+    differentiable, rest = eqx.partition(params, eqx.is_inexact_array)
+    return jax.value_and_grad(_loss)(differentiable, rest, objective, key, num_samples)
+
+
+def value_and_grad(objective: Objective) -> Callable[..., tuple[Float[Array, ""], Any]]:
+    r"""Return `estimator(params, key, num_samples=1) -> (value, gradient)`, compiled once.
+
+    Both are unbiased, for $E[f(\theta)]$ and $\nabla_\theta E[f(\theta)]$; the gradient has the structure of `params`,
+    with None in place of what is not a float. The average over samples is taken before the derivative.
+
+    Example: see `vi.objective`.
+    """
+
+    def estimator(params: Any, key: PRNGKeyArray, num_samples: int = 1) -> tuple[Float[Array, ""], Any]:
+        return _compiled_step(objective, as_data(params), key, num_samples)
+
+    return estimator
+
+
+_compiled_step = compiled(gradient_step)
+
+
+class Estimate(NamedTuple):
+    """A Monte Carlo mean and its standard error."""
+
+    mean: Float[Array, ""]
+    standard_error: Float[Array, ""]
+
+
+def estimate(objective: Objective, params: Any, key: PRNGKeyArray, num_samples: int = 1000) -> Estimate:
+    """Estimate an objective's expectation at fixed parameters, with its standard error.
+
+    Args:
+        objective: the objective.
+        params: its parameters.
+        key: a typed key.
+        num_samples: number of independent samples, at least 2.
+
+    Returns:
+        An `Estimate`.
+
+    Example:
+        >>> import jax, expectax as ex
+        >>> from expectax import dist, vi
+        >>> @vi.objective
+        ... def mean(m):
+        ...     return ex.sample("x", dist.Normal(m, 1.0))
+        >>> float(vi.estimate(mean, 3.0, jax.random.key(0), 4096).standard_error) < 0.02
+        True
+    """
+    if num_samples < 2:
+        raise ValueError(f"estimate needs num_samples >= 2 for a standard error, got {num_samples}.")
+    values = _compiled_samples(objective, as_data(params), key, num_samples)
+    return Estimate(jnp.mean(values), jnp.std(values, ddof=1) / jnp.sqrt(num_samples))
+
+
+def _samples(objective: Objective, params: Any, key: Any, num_samples: int) -> Any:
+    check_key(key)
+    jaxpr, leaves = objective._staged(params)
+    return _jax.over_lanes(lambda k: surrogate(jaxpr, leaves, k), num_samples)(key)
+
+
+_compiled_samples = compiled(_samples)
+
+
+def first_nonfinite(objective: Objective, params: Any, key: PRNGKeyArray, num_samples: int = 1) -> str | None:
+    """Return the address of the first site with a value, parameter or log density that is not finite, or None."""
+    addresses: list[str] = []
+    flags = _checks(objective, as_data(params), key, num_samples, addresses.extend)
+    return next((a for a, ok in zip(addresses, jax.device_get(flags), strict=True) if not ok.all()), None)
+
+
+def _checks(objective: Objective, params: Any, key: Any, num_samples: int, names: Callable[[Any], None]) -> Any:
+    jaxpr, leaves = objective._staged(params)
+
+    def one(key: Any) -> Any:
+        checks: list[Check] = []
+        surrogate(jaxpr, leaves, key, checks=checks)
+        names([c.address for c in checks])
+        return [c.finite for c in checks]
+
+    return one(key) if num_samples == 1 else _jax.over_lanes(one, num_samples)(key)
+

@@ -1,0 +1,228 @@
+r"""The estimator as a surrogate: one number whose value estimates $E[f]$ and whose `jax.grad`, of any order, its gradient.
+
+With $\text{sg}$ for stop-gradient and $k$ for the rest of the program: a reparametrised site goes on with
+$x = g(\epsilon, \theta)$; a score-function site draws $x$ and multiplies the costs that depend on it by
+$\exp(\tau - \text{sg}\,\tau)$, $\tau = \log p(x;\theta)$ (DiCE, Foerster et al. 2018); an enumerated site returns
+$\sum_i p(x_i;\theta)\, k(x_i)$, with $k$ run under one vmap (ADEV, Lew et al. 2023).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from expectax.ppl import _jax
+from expectax.ppl._evaluate import site_keys
+from expectax.ppl._sample import Site, lanes_of, sample_p
+from expectax.ppl._visitors import draw_site
+
+from ._boxes import Score, boxed_sum
+from ._credit import Dependence, flow, lane_mover, merge, mixed, moved, of
+from ._strategy import Enum, Reinforce, joint_support
+
+sg = lax.stop_gradient
+
+
+class Check(NamedTuple):
+    """Whether all that happened at a site is finite; steps of a scan are joined."""
+
+    address: str
+    finite: Any
+
+
+class State(NamedTuple):
+    """What is known when the walk stands at an equation."""
+
+    env: _jax.Environment
+    depends: dict[Any, Dependence]
+    scores: dict[int, Score]
+
+    def copy(self) -> State:
+        """Return a copy that a continuation may change."""
+        return State(_jax.Environment(self.env), dict(self.depends), dict(self.scores))
+
+
+def surrogate(jaxpr: Any, args: Any, key: Any, samples_axis: Any = None, checks: list[Check] | None = None) -> Any:
+    """Return the surrogate of a flat objective.
+
+    Args:
+        jaxpr: closed, made by `flatten`; its one output is a scalar.
+        args: its arguments.
+        key: a typed key.
+        samples_axis: `(name, size)` of the vmap axis of independent samples, for leave-one-out baselines.
+        checks: a list to fill with one `Check` per site, for diagnosis.
+    """
+    opened = jaxpr.jaxpr
+    keys = iter(site_keys(jaxpr, key))
+    of_equation = {i: next(keys) for i, eqn in enumerate(opened.eqns) if _draws(eqn)}
+    walk = _Walk(opened, of_equation, samples_axis, checks)
+    return walk.run(0, State(_jax.Environment.of(jaxpr, args), {}, {}))
+
+
+def _draws(eqn: Any) -> bool:
+    return eqn.primitive is sample_p or _jax.holds(eqn, sample_p)
+
+
+class _Walk:
+    """The walk over one flat jaxpr; `run(i, state)` is the rest of the program from equation `i`."""
+
+    def __init__(self, jaxpr: Any, keys: dict[int, Any], samples_axis: Any, checks: list[Check] | None):
+        self.jaxpr, self.keys, self.samples_axis, self.checks = jaxpr, keys, samples_axis, checks
+
+    def run(self, start: int, state: State) -> Any:
+        for i in range(start, len(self.jaxpr.eqns)):
+            eqn = self.jaxpr.eqns[i]
+            values = [state.env.read(v) for v in eqn.invars]
+            inputs = [of(state.depends, v) for v in eqn.invars]
+            if eqn.primitive is sample_p:
+                site = eqn.params["site"]
+                if isinstance(site.gradient, Enum):
+                    return self._enumerate(i, site, values, inputs, state)
+                outputs, depends = [self._site(i, site, values, state)], [_at_site(i, site, values, inputs)]
+            elif i in self.keys:
+                outputs, depends = self._scan(i, eqn, values, inputs, state)
+            else:
+                outputs, depends = _jax.bind(eqn, values), flow(eqn, inputs)
+                self._check(_jax.tagged(eqn), *outputs)
+            state.env.update(zip(eqn.outvars, outputs, strict=True))
+            state.depends.update((v, d) for v, d in zip(eqn.outvars, depends, strict=True) if d)
+        return boxed_sum(self.jaxpr, state.env, state.depends, state.scores, self.samples_axis)
+
+    def _check(self, address: str | None, *values: Any) -> None:
+        if self.checks is not None and address is not None:
+            finite = [jnp.all(jnp.isfinite(v)) for v in values if jnp.issubdtype(jnp.result_type(v), jnp.inexact)]
+            self.checks.append(Check(address, jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)))
+
+    def _site(self, i: int, site: Site, leaves: list[Any], state: State) -> Any:
+        """Draw at a reparametrised or score-function site."""
+        value = draw_site(site, leaves, self.keys[i])
+        if isinstance(site.gradient, Reinforce):
+            value = sg(value)
+            state.scores[i] = Score(element_scores(site, value, leaves), False, site.gradient)
+        self._check(site.address, value, *leaves)
+        return value
+
+    def _enumerate(self, i: int, site: Site, leaves: list[Any], inputs: list[Dependence], state: State) -> Any:
+        """Sum the rest of the program over all joint values of a site."""
+        values = joint_support(site, leaves)
+        self._check(site.address, *leaves)
+        log_probs = jax.vmap(lambda x: jnp.sum(site.log_density(x, leaves)))(values)
+        depends = mixed(_at_site(i, site, leaves, inputs, scored=False))
+
+        def rest(value: Any) -> Any:
+            inner = state.copy()
+            inner.env[self.jaxpr.eqns[i].outvars[0]] = value
+            if depends:
+                inner.depends[self.jaxpr.eqns[i].outvars[0]] = depends
+            return self.run(i + 1, inner)
+
+        possible = log_probs > jnp.log(jnp.finfo(log_probs.dtype).tiny) + 1.0
+        costs = jax.vmap(rest)(values)
+        return jnp.sum(jnp.where(possible, jnp.exp(log_probs) * jnp.where(possible, costs, 0.0), 0.0))
+
+    def _scan(self, i: int, eqn: Any, values: list[Any], inputs: list[Dependence], state: State) -> Any:
+        """Run a scan with sites; its scores get a leading time axis, and step t owes to the steps up to t."""
+        num_consts, num_carry = _jax.scan_sizes(eqn)
+        body, length, reverse = eqn.params["jaxpr"], eqn.params["length"], eqn.params["reverse"]
+        consts, carry, xs = values[:num_consts], values[num_consts:][:num_carry], values[num_consts + num_carry :]
+        names: list[tuple[str, Reinforce | None]] = []
+
+        def step(carry: Any, inputs: Any) -> Any:
+            key, x = inputs
+            outputs, found = _direct(body, [*consts, *carry, *x], key)
+            names[:] = [(site.address, strategy) for site, strategy, _, _ in found]
+            return outputs[:num_carry], (outputs[num_carry:], [f[2] for f in found], [f[3] for f in found])
+
+        keys = jax.random.split(self.keys[i], length)
+        carry, (ys, scores, finite) = lax.scan(
+            step, carry, (keys, xs), length=length, reverse=reverse, unroll=eqn.params["unroll"]
+        )
+        own: dict[int, Any] = {}
+        for n, ((address, strategy), score, ok) in enumerate(zip(names, scores, finite, strict=True)):
+            if self.checks is not None:
+                self.checks.append(Check(address, jnp.all(ok)))
+            if strategy is not None:
+                number = i + len(self.jaxpr.eqns) * (n + 1)  # a name of its own for each site of the body
+                state.scores[number] = Score(score, "reverse" if reverse else "forward", strategy)
+                own[number] = jnp.ndim(score)
+        outer: Dependence = {}
+        for dependence in inputs:
+            outer = merge(outer, mixed(dependence))
+        to_carry = outer | {number: (None,) * ndim for number, ndim in own.items()}
+        to_ys = outer | {number: (0, *(None,) * (ndim - 1)) for number, ndim in own.items()}
+        return [*carry, *ys], [to_carry] * num_carry + [to_ys] * len(ys)
+
+
+def element_scores(site: Site, value: Any, leaves: Any) -> Any:
+    """Return the log density of each independent element, shape `lanes + batch`."""
+
+    def one(value: Any, leaves: Any) -> Any:
+        d = site.distribution(leaves)
+        return site.terms(d, value)
+
+    return lanes_of(site, one, value, leaves=leaves)
+
+
+def _at_site(i: int, site: Site, leaves: Any, inputs: list[Dependence], scored: bool = True) -> Dependence:
+    """A draw depends on what its parameters depend on (lane by lane), and on its own score element by element."""
+    result: Dependence = {}
+    for j, (leaf, dependence) in enumerate(zip(leaves, inputs, strict=True)):
+        result = merge(result, moved(dependence, lane_mover(site.lanes, j, jnp.ndim(leaf))))
+    if scored and isinstance(site.gradient, Reinforce):
+        lanes = len(site.lanes)
+        batch = len(site.distribution(leaves).batch_shape)
+        result = result | {i: tuple(range(lanes + batch))}
+    return result
+
+
+def _direct(body: Any, args: Any, key: Any) -> tuple[list[Any], list[tuple[Site, Reinforce | None, Any, Any]]]:
+    """Run a scan's body with sites drawn; return also `(site, strategy, score, finite)` of each."""
+    env = _jax.Environment.of(body, args)
+    opened = _jax.close(body)[0]
+    keys = site_keys(body, key)
+    found: list[tuple[Site, Reinforce | None, Any, Any]] = []
+    for eqn in opened.eqns:
+        values = [env.read(v) for v in eqn.invars]
+        if eqn.primitive is sample_p:
+            site = eqn.params["site"]
+            value = draw_site(site, values, next(keys))
+            strategy = site.gradient if isinstance(site.gradient, Reinforce) else None
+            score = 0.0
+            if strategy is not None:
+                value = sg(value)
+                score = element_scores(site, value, values)
+            found.append((site, strategy, score, jnp.all(jnp.isfinite(value))))
+            outputs = [value]
+        elif _jax.holds(eqn, sample_p):
+            outputs, inner = _inner_scan(eqn, values, next(keys))
+            found.extend(inner)
+        else:
+            outputs = _jax.bind(eqn, values)
+        env.update(zip(eqn.outvars, outputs, strict=True))
+    return [env.read(v) for v in opened.outvars], found
+
+
+def _inner_scan(eqn: Any, values: list[Any], key: Any) -> tuple[list[Any], list[Any]]:
+    """A scan in a scan: its sites' scores are summed over its steps."""
+    num_consts, num_carry = _jax.scan_sizes(eqn)
+    consts, carry, xs = values[:num_consts], values[num_consts:][:num_carry], values[num_consts + num_carry :]
+    sites: list[Any] = []
+
+    def step(carry: Any, inputs: Any) -> Any:
+        key, x = inputs
+        outputs, found = _direct(eqn.params["jaxpr"], [*consts, *carry, *x], key)
+        sites[:] = [(site, strategy) for site, strategy, _, _ in found]
+        return outputs[:num_carry], (outputs[num_carry:], [f[2] for f in found], [f[3] for f in found])
+
+    length = eqn.params["length"]
+    carry, (ys, scores, finite) = lax.scan(
+        step, carry, (jax.random.split(key, length), xs), length=length, reverse=eqn.params["reverse"]
+    )
+    joined = [
+        (site, strategy, jnp.sum(score), jnp.all(ok))
+        for (site, strategy), score, ok in zip(sites, scores, finite, strict=True)
+    ]
+    return [*carry, *ys], joined
