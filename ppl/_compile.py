@@ -46,6 +46,21 @@ class Fingerprint:
         return hash(self.state)
 
 
+class Static:
+    """A value that is part of the program (an optimiser, a kernel); equal if made of equal functions and numbers."""
+
+    def __init__(self, value: Any):
+        """Wrap a value."""
+        self.value = value
+        self.fingerprint = Fingerprint(value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+
 def _walk(value: Any, seen: tuple[int, ...], data: bool) -> Any:
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type, types.ModuleType)):
         return (type(value), value)
@@ -60,6 +75,8 @@ def _walk(value: Any, seen: tuple[int, ...], data: bool) -> Any:
         return (type(value), *(_walk(v, seen, data) for v in value))
     if isinstance(value, dict):
         return (dict, *((_Identity(k) if not _plain(k) else k, _walk(v, seen, data)) for k, v in value.items()))
+    if isinstance(value, Static):
+        return value
     if isinstance(value, types.FunctionType):
         return _walk_function(value, seen)
     if isinstance(value, types.MethodType):

@@ -85,14 +85,8 @@ def _vmapped(sample: Any, around: KeyLane) -> Any:
     size, dims = around.lane
     if around.key_dim is None and around.axis is not None:  # the library's lanes around lanes with keys of their own
         mapped = jax.vmap(sample, in_axes=(0, list(dims)), axis_size=size)
-        return lambda key, leaves: mapped(_split_each(key, size), leaves)
+        return lambda key, leaves: mapped(_jax.split_each(key, size), leaves)
     return jax.vmap(sample, in_axes=(around.key_dim, list(dims)), axis_size=size)
-
-
-def _split_each(key: jax.Array, size: int) -> jax.Array:
-    """Split every key of an array of keys; the new axis comes first."""
-    split = jax.vmap(lambda k: jax.random.split(k, size))(key.ravel())
-    return jnp.moveaxis(split, 1, 0).reshape(size, *key.shape)
 
 
 def _abstract(*_: Any, shape: Any, dtype: Any, **__: Any) -> Any:

@@ -6,8 +6,6 @@ the visitor. Control flow is a rule per kind of equation.
 
 from __future__ import annotations
 
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from . import _jax
 from ._errors import AddressError, ControlFlowError
 from ._nesting import scope_address
 from ._sample import Site, sample_p
+from ._sources import addresses, sources
 
 
 class Visit(NamedTuple):
@@ -40,27 +39,28 @@ class Outcome(NamedTuple):
 
 
 Visitor = Callable[[Site, list[Any], Any, Any], Visit]
-"""`visitor(site, leaves, key, given)`; `key` is None where no randomness is at hand, `given` where nothing is."""
+"""`visitor(site, leaves, source, given)`: the source of randomness, the given value; either may be None."""
 
 
 def evaluate(jaxpr: Any, args: Any, visitor: Visitor, key: Any = None, given: Any = None) -> Outcome:
     """Walk a jaxpr. `given` is a nested dict shaped like the choices; scanned entries carry a leading time axis."""
-    keys = iter(()) if key is None else site_keys(jaxpr, key)
-    return _walk(jaxpr, args, visitor, keys, given or {})
+    given = given or {}
+    found = iter(()) if key is None else sources(jaxpr, key, lambda site: site.address not in given)
+    return _walk(jaxpr, args, visitor, found, given)
 
 
-def _walk(jaxpr: Any, args: Any, visitor: Visitor, keys: Iterator[Any], given: dict[str, Any]) -> Outcome:
+def _walk(jaxpr: Any, args: Any, visitor: Visitor, found: Iterator[Any], given: dict[str, Any]) -> Outcome:
     env = _jax.Environment.of(jaxpr, args)
     opened = _jax.close(jaxpr)[0]
     total = Outcome([], {}, 0.0, 0.0)
     for eqn in opened.eqns:
         values = [env.read(v) for v in eqn.invars]
         if eqn.primitive is sample_p:
-            outcome = _at_site(eqn, values, visitor, keys, given)
+            outcome = _at_site(eqn, values, visitor, found, given)
         elif not _jax.holds(eqn, sample_p):
             outcome = Outcome(_jax.bind(eqn, values), {}, 0.0, 0.0)
         else:
-            outcome = _inside(eqn, values, visitor, keys, given)
+            outcome = _inside(eqn, values, visitor, found, given)
         env.update(zip(eqn.outvars, outcome.outputs, strict=True))
         merge(total.choices, outcome.choices)
         total = total._replace(
@@ -81,26 +81,26 @@ def _total(density: Any) -> Any:
     return density if isinstance(density, float) else jnp.sum(density)
 
 
-def _at_site(eqn: Any, leaves: Any, visitor: Visitor, keys: Iterator[Any], given: dict[str, Any]) -> Outcome:
+def _at_site(eqn: Any, leaves: Any, visitor: Visitor, found: Iterator[Any], given: dict[str, Any]) -> Outcome:
     site = eqn.params["site"]
-    visit = visitor(site, leaves, next(keys, None), given.get(site.address))
+    visit = visitor(site, leaves, next(found, None), given.get(site.address))
     log_density = visit.log_density
     if not isinstance(log_density, float):
         log_density = _jax.tag(log_density, site.address)
     return Outcome([visit.value], {site.address: visit.record}, _total(log_density), _total(visit.log_weight))
 
 
-def _inside(eqn: Any, values: Any, visitor: Visitor, keys: Iterator[Any], given: dict[str, Any]) -> Outcome:
+def _inside(eqn: Any, values: Any, visitor: Visitor, found: Iterator[Any], given: dict[str, Any]) -> Outcome:
     address = scope_address(eqn)
     inner = _jax.called_jaxpr(eqn)
     if address is not None:
-        key = next(keys, None)
+        key = next(found, None)
         outcome = evaluate(inner, values, visitor, key, given.get(address))
         return outcome._replace(choices={address: outcome.choices})
     if inner is not None:  # jit and checkpoint only wrap: their sites belong to this scope
-        return _walk(inner, values, visitor, keys, given)
+        return _walk(inner, values, visitor, found, given)
     if eqn.primitive in _jax.SCAN:
-        return _scan(eqn, values, visitor, next(keys, None), given)
+        return _scan(eqn, values, visitor, next(found, None), given)
     raise unfollowable(eqn)
 
 
@@ -126,7 +126,7 @@ def _scan(eqn: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, An
 
 def unfollowable(eqn: Any) -> ControlFlowError:
     """Return the error for sites inside an equation that no rule covers."""
-    names = ", ".join(repr(a) for j in _jax.sub_jaxprs(eqn) for a in _addresses(j))
+    names = ", ".join(repr(a) for j in _jax.sub_jaxprs(eqn) for a in addresses(j))
     remedy = {
         "while": "Use lax.scan with a fixed number of steps.",
         "cond": "Use jnp.where on the distribution's parameters, or dist.Mixture.",
@@ -137,56 +137,9 @@ def unfollowable(eqn: Any) -> ControlFlowError:
     )
 
 
-def _addresses(jaxpr: Any) -> Iterator[str]:
-    for eqn in _jax.close(jaxpr)[0].eqns:
-        if eqn.primitive is sample_p:
-            yield eqn.params["site"].address
-        for inner in _jax.sub_jaxprs(eqn):
-            yield from _addresses(inner)
-
-
 def merge(into: dict[str, Any], more: dict[str, Any]) -> None:
     """Add choices to choices; addresses are known to differ (`site_table` has checked)."""
     into.update(more)
-
-
-# --- keys -------------------------------------------------------------------------------------------------------
-
-
-def site_keys(jaxpr: Any, key: Any) -> Iterator[Any]:
-    """Return one key per site, nested model and scan of a scope, in the order of the walk.
-
-    A site's key is made of its address (and, in objectives, of how often the address came before), so that adding a
-    site leaves the draws of the others alone. All keys of a scope are made by one call.
-    """
-    labels: Counter[str] = Counter()
-    codes = list(_codes(jaxpr, labels))
-    if not codes:
-        return iter(())
-    folded = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(codes, jnp.uint32))
-    return iter([folded[i] for i in range(len(codes))])
-
-
-def _codes(jaxpr: Any, labels: Counter[str]) -> Iterator[int]:
-    for eqn in _jax.close(jaxpr)[0].eqns:
-        if eqn.primitive is sample_p:
-            label = eqn.params["site"].address
-        elif not _jax.holds(eqn, sample_p):
-            continue
-        elif (address := scope_address(eqn)) is not None:
-            label = address + "/"
-        elif (inner := _jax.called_jaxpr(eqn)) is not None:
-            yield from _codes(inner, labels)
-            continue
-        else:
-            label = "/".join(("", eqn.primitive.name, *sorted(set(_addresses_in(eqn)))))
-        yield zlib.crc32(f"{label}#{labels[label]}".encode())
-        labels[label] += 1
-
-
-def _addresses_in(eqn: Any) -> Iterator[str]:
-    for inner in _jax.sub_jaxprs(eqn):
-        yield from _addresses(inner)
 
 
 # --- the table of sites -----------------------------------------------------------------------------------------

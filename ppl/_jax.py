@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
 from jax.extend.core import primitives as known
+from jax.extend.random import threefry_2x32
 from jax.interpreters import ad, batching, mlir
 
 __all__ = ["ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var", "ad", "batching", "mlir"]
@@ -149,9 +150,11 @@ def define_primitive(
     implementation: Callable[..., Any],
     lowering: Callable[..., Any],
     jvp: Callable[..., Any],
+    multiple_results: bool = False,
 ) -> Primitive:
-    """Make a one-result primitive; `batch(axis, args, dims, **params)` runs for every vmap, mapped operands or not."""
+    """Make a primitive; `batch(axis, args, dims, **params)` runs for every vmap, mapped operands or not."""
     primitive = Primitive(name)
+    primitive.multiple_results = multiple_results
     primitive.def_abstract_eval(abstract)
     primitive.def_impl(implementation)
     batching.fancy_primitive_batchers[primitive] = batch
@@ -160,9 +163,9 @@ def define_primitive(
     return primitive
 
 
-def lower_as(function: Callable[..., Any]) -> Callable[..., Any]:
+def lower_as(function: Callable[..., Any], multiple_results: bool = False) -> Callable[..., Any]:
     """Return the lowering rule of a primitive that means `function`."""
-    return mlir.lower_fun(function, multiple_results=False)
+    return mlir.lower_fun(function, multiple_results=multiple_results)
 
 
 def is_zero(tangent: Any) -> bool:
@@ -184,6 +187,26 @@ def tagged(eqn: JaxprEqn) -> str | None:
     """Return the address of a tag's equation, else None."""
     name = str(eqn.params.get("name", "")) if eqn.primitive.name == "name" else ""
     return name[len(_TAG) :] if name.startswith(_TAG) else None
+
+
+# --- keys -------------------------------------------------------------------------------------------------------
+
+
+def is_threefry(key: Any) -> bool:
+    """Tell whether a typed key is of JAX's default, counter-based generator."""
+    return str(jax.random.key_impl(key)) == "threefry2x32"
+
+
+def threefry(key: Any, high: Any, low: Any) -> tuple[Any, Any]:
+    """Return the two words of `threefry2x32(key, (high, low))` for arrays of counters of equal size."""
+    words = threefry_2x32(tuple(jax.random.key_data(key)), jax.numpy.concatenate([high, low]))
+    return words[: high.size], words[high.size :]
+
+
+def split_each(key: Any, size: int) -> Any:
+    """Split every key of an array of keys; the new axis comes first."""
+    split = jax.vmap(lambda k: jax.random.split(k, size))(key.ravel())
+    return jax.numpy.moveaxis(split, 1, 0).reshape(size, *key.shape)
 
 
 # --- the lanes that the library makes itself --------------------------------------------------------------------

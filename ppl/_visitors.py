@@ -9,13 +9,21 @@ from jaxtyping import Array
 
 from ._draw import draw
 from ._evaluate import Visit
+from ._noise import Noise
+from ._pathwise import transform
 from ._sample import Site, lanes_of, rebind
 from ._support import density_in_support, jacobian, transform_of
 
 
-def draw_site(site: Site, leaves: Any, key: Any) -> Array:
-    """Draw the value of a site, all lanes at once."""
-    return draw(key, site.structure, site.lanes, leaves)
+def draw_site(site: Site, leaves: Any, source: Any) -> Array:
+    """Draw the value of a site, all lanes at once, from pooled noise or a key."""
+    if not isinstance(source, Noise):
+        return draw(source, site.structure, site.lanes, leaves)
+
+    def one(noise: Any, leaves: Any) -> Array:
+        return transform(site.distribution(leaves), noise, site.dtype)
+
+    return lanes_of(site, one, source.values, leaves=leaves)
 
 
 def scored(site: Site, leaves: Any, value: Any) -> Array:
@@ -28,24 +36,24 @@ def scored(site: Site, leaves: Any, value: Any) -> Array:
     return lanes_of(site, one, value, leaves=leaves)
 
 
-def generating(site: Site, leaves: Any, key: Any, given: Any) -> Visit:
+def generating(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
     """Take the given value and weigh it by its density; else draw (`simulate`, `generate`)."""
     if given is None:
-        value = draw_site(site, leaves, key)
+        value = draw_site(site, leaves, source)
         return Visit(value, value, site.log_density(value, leaves), 0.0)
     log_density = scored(site, leaves, given)
     return Visit(given, given, log_density, log_density)
 
 
-def assessing(site: Site, leaves: Any, key: Any, given: Any) -> Visit:
+def assessing(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
     """Score the given value (`assess`)."""
-    del key
+    del source
     return Visit(given, given, scored(site, leaves, given), 0.0)
 
 
-def rebinding(site: Site, leaves: Any, key: Any, given: Any) -> Visit:
+def rebinding(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
     """Leave the choice to the enclosing program, and score it (`vi.simulate`)."""
-    del key, given
+    del source, given
     value = rebind(site, leaves)
     return Visit(value, value, site.log_density(value, leaves), 0.0)
 
@@ -56,9 +64,9 @@ class Observed(eqx.Module):
     value: Array
 
 
-def constraining(site: Site, leaves: Any, key: Any, given: Any) -> Visit:
+def constraining(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
     """Map an unconstrained value into the support; the weight is the log Jacobian."""
-    del key
+    del source
     if isinstance(given, Observed):
         return Visit(given.value, given.value, scored(site, leaves, given.value), 0.0)
 
@@ -71,9 +79,9 @@ def constraining(site: Site, leaves: Any, key: Any, given: Any) -> Visit:
     return Visit(value, value, site.log_density(value, leaves), log_jacobian)
 
 
-def unconstraining(site: Site, leaves: Any, key: Any, given: Any) -> Visit:
+def unconstraining(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
     """Map a value out of its support onto the reals; the record is the unconstrained value."""
-    del key
+    del source
     if isinstance(given, Observed):
         return Visit(given.value, given.value, 0.0, 0.0)
 

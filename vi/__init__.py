@@ -2,6 +2,8 @@
 
 from ._bounds import elbo as elbo
 from ._bounds import iwelbo as iwelbo
+from ._fit import Fit as Fit
+from ._fit import fit as fit
 from ._objective import Estimate as Estimate
 from ._objective import Objective as Objective
 from ._objective import estimate as estimate

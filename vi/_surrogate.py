@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from expectax.ppl import _jax
-from expectax.ppl._evaluate import site_keys
 from expectax.ppl._sample import Site, lanes_of, sample_p
+from expectax.ppl._sources import sources
 from expectax.ppl._visitors import draw_site
 
 from ._boxes import Score, boxed_sum
@@ -56,8 +56,8 @@ def surrogate(jaxpr: Any, args: Any, key: Any, samples_axis: Any = None, checks:
         checks: a list to fill with one `Check` per site, for diagnosis.
     """
     opened = jaxpr.jaxpr
-    keys = iter(site_keys(jaxpr, key))
-    of_equation = {i: next(keys) for i, eqn in enumerate(opened.eqns) if _draws(eqn)}
+    found = sources(jaxpr, key, _sampled)
+    of_equation = {i: next(found) for i, eqn in enumerate(opened.eqns) if _draws(eqn)}
     walk = _Walk(opened, of_equation, samples_axis, checks)
     return walk.run(0, State(_jax.Environment.of(jaxpr, args), {}, {}))
 
@@ -66,11 +66,15 @@ def _draws(eqn: Any) -> bool:
     return eqn.primitive is sample_p or _jax.holds(eqn, sample_p)
 
 
+def _sampled(site: Site) -> bool:
+    return not isinstance(site.gradient, Enum)
+
+
 class _Walk:
     """The walk over one flat jaxpr; `run(i, state)` is the rest of the program from equation `i`."""
 
-    def __init__(self, jaxpr: Any, keys: dict[int, Any], samples_axis: Any, checks: list[Check] | None):
-        self.jaxpr, self.keys, self.samples_axis, self.checks = jaxpr, keys, samples_axis, checks
+    def __init__(self, jaxpr: Any, sources: dict[int, Any], samples_axis: Any, checks: list[Check] | None):
+        self.jaxpr, self.sources, self.samples_axis, self.checks = jaxpr, sources, samples_axis, checks
 
     def run(self, start: int, state: State) -> Any:
         for i in range(start, len(self.jaxpr.eqns)):
@@ -82,7 +86,7 @@ class _Walk:
                 if isinstance(site.gradient, Enum):
                     return self._enumerate(i, site, values, inputs, state)
                 outputs, depends = [self._site(i, site, values, state)], [_at_site(i, site, values, inputs)]
-            elif i in self.keys:
+            elif i in self.sources:
                 outputs, depends = self._scan(i, eqn, values, inputs, state)
             else:
                 outputs, depends = _jax.bind(eqn, values), flow(eqn, inputs)
@@ -98,7 +102,7 @@ class _Walk:
 
     def _site(self, i: int, site: Site, leaves: list[Any], state: State) -> Any:
         """Draw at a reparametrised or score-function site."""
-        value = draw_site(site, leaves, self.keys[i])
+        value = draw_site(site, leaves, self.sources[i])
         if isinstance(site.gradient, Reinforce):
             value = sg(value)
             state.scores[i] = Score(element_scores(site, value, leaves), False, site.gradient)
@@ -136,7 +140,7 @@ class _Walk:
             names[:] = [(site.address, strategy) for site, strategy, _, _ in found]
             return outputs[:num_carry], (outputs[num_carry:], [f[2] for f in found], [f[3] for f in found])
 
-        keys = jax.random.split(self.keys[i], length)
+        keys = jax.random.split(self.sources[i], length)
         carry, (ys, scores, finite) = lax.scan(
             step, carry, (keys, xs), length=length, reverse=reverse, unroll=eqn.params["unroll"]
         )
@@ -182,13 +186,13 @@ def _direct(body: Any, args: Any, key: Any) -> tuple[list[Any], list[tuple[Site,
     """Run a scan's body with sites drawn; return also `(site, strategy, score, finite)` of each."""
     env = _jax.Environment.of(body, args)
     opened = _jax.close(body)[0]
-    keys = site_keys(body, key)
+    found_sources = sources(body, key)
     found: list[tuple[Site, Reinforce | None, Any, Any]] = []
     for eqn in opened.eqns:
         values = [env.read(v) for v in eqn.invars]
         if eqn.primitive is sample_p:
             site = eqn.params["site"]
-            value = draw_site(site, values, next(keys))
+            value = draw_site(site, values, next(found_sources))
             strategy = site.gradient if isinstance(site.gradient, Reinforce) else None
             score = 0.0
             if strategy is not None:
@@ -197,7 +201,7 @@ def _direct(body: Any, args: Any, key: Any) -> tuple[list[Any], list[tuple[Site,
             found.append((site, strategy, score, jnp.all(jnp.isfinite(value))))
             outputs = [value]
         elif _jax.holds(eqn, sample_p):
-            outputs, inner = _inner_scan(eqn, values, next(keys))
+            outputs, inner = _inner_scan(eqn, values, next(found_sources))
             found.extend(inner)
         else:
             outputs = _jax.bind(eqn, values)

@@ -1,0 +1,154 @@
+"""Pooled base noise: one random call for all straight-line sites of a scope, whatever the number of lanes.
+
+Each site owns a stream of the counter-based generator, named by a code made of its address: word `i` of the stream is
+`threefry(key, (code, i))` (Salmon et al. 2011). So a site's noise does not depend on which other sites there are, and
+one call serves them all. Keys of another generator fall back to `fold_in` and one call per site.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _jax
+
+
+class Request(NamedTuple):
+    """What a site wants: a stream, `"normal"` or `"uniform"` (open unit interval), and how many numbers."""
+
+    code: int
+    kind: str
+    size: int
+
+
+class Noise(NamedTuple):
+    """Base noise handed to a site."""
+
+    values: Any
+
+
+def noise(key: jax.Array, requests: list[Request], dtype: Any) -> list[jax.Array]:
+    """Return one flat array per request, all drawn at once."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault((request.kind, request.size), []).append(number)
+    plan = tuple((kind, size, tuple(requests[n].code for n in ns)) for (kind, size), ns in groups.items())
+    drawn = noise_p.bind(key, plan=plan, outer=(), dtype=jnp.dtype(dtype))
+    result: dict[int, jax.Array] = {}
+    for array, numbers in zip(drawn, groups.values(), strict=True):
+        result.update((n, array[s]) for s, n in enumerate(numbers))
+    return [result[n] for n in range(len(requests))]
+
+
+class Around(NamedTuple):
+    """A vmap around the noise; `key_dim` None: the library's own lanes, which share the key."""
+
+    size: int
+    key_dim: int | None
+
+
+def _implementation(key: jax.Array, *, plan: Any, outer: Any, dtype: Any) -> list[jax.Array]:
+    lanes, rest = [], list(outer)
+    while rest and rest[0].key_dim is None:
+        lanes.insert(0, rest.pop(0).size)
+
+    def draw(key: jax.Array) -> list[jax.Array]:
+        return _draw(key, plan, tuple(lanes), dtype)
+
+    for around in rest:
+        if around.key_dim is None:
+            inner, size = jax.vmap(draw, 0, 1), around.size
+            draw = lambda key, inner=inner, size=size: inner(_jax.split_each(key, size))  # noqa: E731
+        else:
+            draw = jax.vmap(draw, around.key_dim, 1)
+    return draw(key)
+
+
+def _draw(key: jax.Array, plan: Any, lanes: tuple[int, ...], dtype: Any) -> list[jax.Array]:
+    """Return for each `(kind, size, codes)` of the plan an array of shape `(codes, *lanes, size)`."""
+    words = 2 if jnp.dtype(dtype).itemsize == 8 else 1
+    if not _jax.is_threefry(key):
+        return [_draw_by_site(key, kind, size, codes, lanes, dtype) for kind, size, codes in plan]
+    halves = [-(-size * words * math.prod(lanes) // 2) for _, size, _ in plan]
+    high = jnp.concatenate([_stream(codes, half) for half, (_, _, codes) in zip(halves, plan, strict=True)])
+    low = jnp.concatenate([_counter(len(codes), half) for half, (_, _, codes) in zip(halves, plan, strict=True)])
+    first, second = _jax.threefry(key, high, low)
+    arrays, start = [], 0
+    for half, (kind, size, codes) in zip(halves, plan, strict=True):
+        cut = slice(start, start + len(codes) * half)
+        start = cut.stop
+        both = jnp.concatenate([first[cut].reshape(-1, half), second[cut].reshape(-1, half)], axis=1)
+        bits = both[:, : size * words * math.prod(lanes)]
+        arrays.append(_convert(kind, bits, words, dtype).reshape(len(codes), *lanes, size))
+    return arrays
+
+
+def _stream(codes: tuple[int, ...], half: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(codes, jnp.uint32)[:, None], (len(codes), half)).reshape(-1)
+
+
+def _counter(count: int, half: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.uint32, (count, half), 1).reshape(-1)
+
+
+def _convert(kind: str, bits: jax.Array, words: int, dtype: Any) -> jax.Array:
+    """Turn words into numbers: `(k + 1/2) 2^-m`, never 0 or 1; normals by the inverse of the distribution function."""
+    if words == 2:
+        count = bits.shape[1] // 2
+        high, low = bits[:, :count].astype(jnp.uint64), bits[:, count:].astype(jnp.uint64)
+        whole = ((high << 32) | low) >> 12
+        uniform = (whole.astype(jnp.float64) + 0.5) * 2.0**-52
+    else:
+        uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+    if kind == "uniform":
+        return uniform.astype(dtype)
+    return (math.sqrt(2.0) * lax.erf_inv(2.0 * uniform - 1.0)).astype(dtype)
+
+
+def _draw_by_site(key: jax.Array, kind: str, size: int, codes: Any, lanes: tuple[int, ...], dtype: Any) -> jax.Array:
+    def one(code: jax.Array) -> jax.Array:
+        own, shape = jax.random.fold_in(key, code), (*lanes, size)
+        if kind == "normal":
+            return jax.random.normal(own, shape, dtype)
+        return jax.random.uniform(own, shape, dtype, minval=jnp.finfo(dtype).tiny)
+
+    return jnp.stack([one(jnp.uint32(code)) for code in codes])
+
+
+def _abstract(*_: Any, plan: Any, outer: Any, dtype: Any) -> Any:
+    lanes = tuple(around.size for around in reversed(outer))
+    return [_jax.ShapedArray((len(codes), *lanes, size), dtype) for _, size, codes in plan]
+
+
+def _batch(axis: Any, args: Any, dims: Any, *, plan: Any, outer: Any, dtype: Any) -> Any:
+    (key_dim,) = dims
+    own = isinstance(axis.name, _jax.LaneAxis)
+    if key_dim is None and not own:
+        return noise_p.bind(*args, plan=plan, outer=outer, dtype=dtype), [None] * len(plan)
+    wider = (*outer, Around(axis.size, key_dim))
+    return noise_p.bind(*args, plan=plan, outer=wider, dtype=dtype), [1] * len(plan)
+
+
+def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    del tangents  # a key has none
+    values = noise_p.bind(*primals, **params)
+    return values, [_jax.zero_tangent(v) for v in values]
+
+
+def _eager(*args: Any, **params: Any) -> list[jax.Array]:
+    return jax.jit(_implementation, static_argnames=tuple(params))(*args, **params)
+
+
+noise_p = _jax.define_primitive(
+    "base_noise",
+    abstract=_abstract,
+    batch=_batch,
+    implementation=_eager,
+    lowering=_jax.lower_as(_implementation, multiple_results=True),
+    jvp=_jvp,
+    multiple_results=True,
+)

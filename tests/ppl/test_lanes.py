@@ -1,0 +1,214 @@
+"""Lanes: vmaps inside a model, in every place and along every axis, against a hand loop.
+
+Each program has sites `x ~ Normal(centre, scale)` with tiny scales and far centres, all different. A draw then shows
+which lane's parameters it got, its standardised residual shows whether two lanes share noise, and the density is
+scipy's. `centre` and `scale` are written in the canonical order: time axes, lanes outermost first, own shape.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from scipy import stats
+
+import expectax.ppl as ppl
+from expectax import dist
+from expectax.ppl import _draw, _jax
+from expectax.ppl._choices import leaves_of
+
+KEY = jax.random.key(20260802)
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def m(*shape: int) -> np.ndarray:
+    """Centres: 10, 20, 30, ..."""
+    return 10.0 * (1 + np.arange(math.prod(shape)).reshape(shape))
+
+
+def s(*shape: int) -> np.ndarray:
+    """Scales: 1.0e-6, 1.1e-6, ..."""
+    return 1e-6 * (1 + np.arange(math.prod(shape)).reshape(shape) / 10)
+
+
+def x(centre: Any, scale: Any = 1e-6, address: str = "x") -> Any:
+    return ppl.sample(address, dist.Normal(centre, scale))
+
+
+PROGRAMS: dict[str, tuple[Any, Any]] = {}
+
+
+def lanes(name: str, centre: Any, scale: Any = 1e-6, path: str = "x") -> Any:
+    """Register a program whose one site is at `path`."""
+    return several(name, {path: (centre, scale)})
+
+
+def several(name: str, sites: Any) -> Any:
+    def register(function: Any) -> Any:
+        PROGRAMS[name] = (function, {path: np.broadcast_arrays(*pair) for path, pair in sites.items()})
+        return function
+
+    return register
+
+
+def over_time(step: Any, xs: Any, **kwargs: Any) -> Any:
+    return lax.scan(lambda carry, row: (carry, step(row)), None, xs, **kwargs)[1]
+
+
+# --- one vmap: which axis is mapped --------------------------------------------------------------------------------
+
+lanes("axis 0", m(3), s(3))(lambda: jax.vmap(x)(m(3), s(3)))
+lanes("one lane", m(1), s(1))(lambda: jax.vmap(x)(m(1), s(1)))
+lanes("axis 1", m(2, 3).T)(lambda: jax.vmap(x, in_axes=1)(m(2, 3)))
+lanes("middle axis", np.moveaxis(m(2, 3, 4), 1, 0))(lambda: jax.vmap(x, in_axes=1)(m(2, 3, 4)))
+lanes("negative axis", np.moveaxis(m(2, 4, 3), 2, 0))(lambda: jax.vmap(x, in_axes=-1)(m(2, 4, 3)))
+lanes("out of order", m(2, 3).T, s(3, 2))(lambda: jax.vmap(x, in_axes=(1, 0))(m(2, 3), s(3, 2)))
+lanes("square, out of order", m(3, 3).T, s(3, 3))(lambda: jax.vmap(x, in_axes=(1, 0))(m(3, 3), s(3, 3)))
+lanes("shared centres", m(2), s(3)[:, None])(lambda: jax.vmap(x, in_axes=(None, 0))(m(2), s(3)))
+lanes("shared centres, as many as lanes", m(3), s(3)[:, None])(lambda: jax.vmap(x, in_axes=(None, 0))(m(3), s(3)))
+lanes("shared scales, as many as lanes", m(3)[:, None], s(3))(lambda: jax.vmap(x, in_axes=(0, None))(m(3), s(3)))
+lanes("scalar lanes, batch from the other", m(3)[:, None], s(2))(lambda: jax.vmap(lambda a: x(a, s(2)))(m(3)))
+lanes("one value for both", m(3), m(3))(lambda: jax.vmap(lambda a: x(a, a))(m(3)))
+lanes("nothing mapped", np.full(4, 5.0))(lambda: jax.vmap(x, in_axes=None, axis_size=4)(5.0))
+lanes("nothing mapped, vector", np.tile(m(3), (3, 1)))(lambda: jax.vmap(x, in_axes=None, axis_size=3)(m(3)))
+lanes("user's out_axes", m(3, 2))(lambda: jax.vmap(x, out_axes=1)(m(3, 2)))
+lanes("dict of arguments", m(2, 3).T, s(2))(
+    lambda: jax.vmap(lambda p: x(p["m"], p["s"]), in_axes=({"m": 1, "s": None},))({"m": m(2, 3), "s": s(2)})
+)
+lanes("expanded", np.tile(m(3)[:, None], 2))(
+    lambda: jax.vmap(lambda a: ppl.sample("x", dist.Normal(a, 1e-6).expand([2])))(m(3))
+)
+lanes("expanded to an event, as many as lanes", np.tile(m(3)[:, None], 3))(
+    lambda: jax.vmap(lambda a: ppl.sample("x", dist.Normal(a, 1e-6).expand([3]).to_event(1)))(m(3))
+)
+
+# --- vmaps in vmaps --------------------------------------------------------------------------------------------------
+
+lanes("two levels, axes 2 and 1", m(2, 3, 4).transpose(2, 1, 0))(
+    lambda: jax.vmap(jax.vmap(x, in_axes=1), in_axes=2)(m(2, 3, 4))
+)
+lanes("two levels, a parameter each", m(4)[:, None], s(3))(
+    lambda: jax.vmap(lambda a: jax.vmap(lambda b: x(a, b))(s(3)))(m(4))
+)
+lanes("two levels, a parameter each, square", m(3), s(3)[:, None])(
+    lambda: jax.vmap(lambda b: jax.vmap(lambda a: x(a, b))(m(3)))(s(3))
+)
+lanes("two levels, inner shares what outer maps", m(3, 2)[:, None, :], s(2)[:, None])(
+    lambda: jax.vmap(jax.vmap(x, in_axes=(None, 0)), in_axes=(0, None))(m(3, 2), s(2))
+)
+lanes("three levels, axes 1, -1, 0", m(2, 3, 4).transpose(1, 2, 0))(
+    lambda: jax.vmap(jax.vmap(jax.vmap(x), in_axes=-1), in_axes=1)(m(2, 3, 4))
+)
+lanes("three levels of the same size", m(3, 3, 3).transpose(2, 0, 1), s(3)[:, None])(
+    lambda: jax.vmap(jax.vmap(jax.vmap(x), in_axes=(0, 0)), in_axes=(2, None))(m(3, 3, 3), np.broadcast_to(s(3), (3, 3)).T)
+)
+lanes("three levels, the middle one unmapped", np.broadcast_to(m(3, 2)[:, None], (3, 4, 2)))(
+    lambda: jax.vmap(jax.vmap(jax.vmap(x), in_axes=None, axis_size=4))(m(3, 2))
+)
+
+# --- lanes and time ----------------------------------------------------------------------------------------------------
+
+lanes("vmap in scan", m(5, 3))(lambda: over_time(jax.vmap(x), m(5, 3)))
+lanes("vmap in scan, axis 1", m(5, 2, 3).transpose(0, 2, 1))(lambda: over_time(jax.vmap(x, in_axes=1), m(5, 2, 3)))
+lanes("scan in vmap", m(5, 3))(lambda: jax.vmap(lambda a: over_time(x, a), in_axes=1)(m(5, 3)))
+lanes("scan in vmap, square", m(3, 3).T)(lambda: jax.vmap(lambda a: over_time(x, a))(m(3, 3)))
+lanes("reverse scan in vmap", m(5, 3))(lambda: jax.vmap(lambda a: over_time(x, a, reverse=True), in_axes=1)(m(5, 3)))
+lanes("scan without inputs in vmap", np.broadcast_to(m(3), (5, 3)), s(3))(
+    lambda: jax.vmap(lambda a, b: over_time(lambda _: x(a, b), None, length=5))(m(3), s(3))
+)
+lanes("scan in vmap with nothing mapped", np.broadcast_to(m(5)[:, None], (5, 3)))(
+    lambda: jax.vmap(lambda a: over_time(x, a), in_axes=None, axis_size=3)(m(5))
+)
+lanes("vmap in scan in vmap", m(5, 3, 2))(
+    lambda: jax.vmap(lambda a: over_time(jax.vmap(x), a), in_axes=1)(m(5, 3, 2))
+)
+lanes("scan in scan in vmap", m(3, 5, 2).transpose(1, 2, 0), s(3))(
+    lambda: jax.vmap(lambda a, b: over_time(lambda row: over_time(lambda c: x(c, b), row), a))(m(3, 5, 2), s(3))
+)
+lanes("lax.map in vmap", m(5, 3))(lambda: jax.vmap(lambda a: lax.map(x, a), in_axes=1)(m(5, 3)))
+lanes("fori_loop with fixed bounds", m(3)[:, None] * np.ones(2))(
+    lambda: lax.fori_loop(0, 3, lambda i, c: (jax.vmap(lambda a: x(a))(jnp.full(2, 10.0 * (i + 1))), c)[1], 0.0)
+)
+
+# --- lanes and wrappers --------------------------------------------------------------------------------------------------
+
+lanes("jit in vmap", m(2, 3).T)(lambda: jax.vmap(jax.jit(x), in_axes=1)(m(2, 3)))
+lanes("vmap in jit in vmap", m(3, 2), s(3)[:, None])(
+    lambda: jax.vmap(jax.jit(jax.vmap(x, in_axes=(0, None))))(m(3, 2), s(3))
+)
+lanes("checkpoint in vmap", m(3))(lambda: jax.vmap(jax.checkpoint(x))(m(3)))
+lanes("checkpoint in scan in vmap", m(5, 3))(
+    lambda: jax.vmap(lambda a: over_time(jax.checkpoint(x), a), in_axes=1)(m(5, 3))
+)
+
+part = ppl.model(lambda centre, scale=1e-6: x(centre, scale))
+whole = ppl.model(lambda centre: ppl.sample("part", part(centre)) + x(centre[0] + 5.0, address="own"))
+
+lanes("model at an address in vmap", m(3), path="sub/x")(lambda: jax.vmap(lambda a: ppl.sample("sub", part(a)))(m(3)))
+lanes("vmap in a model at an address in vmap", m(2, 3).T, path="sub/x")(
+    lambda: jax.vmap(lambda a: ppl.sample("sub", ppl.model(jax.vmap(x))(a)), in_axes=1)(m(2, 3))
+)
+lanes("model at an address in scan in vmap", m(5, 3), path="sub/x")(
+    lambda: jax.vmap(lambda a: over_time(lambda b: ppl.sample("sub", part(b)), a), in_axes=1)(m(5, 3))
+)
+several(
+    "models in models, two deep, in vmap and scan",
+    {
+        "a/part/x": (m(5, 3, 2), 1e-6),
+        "a/own": (m(5, 3, 2)[..., 0] + 5.0, 1e-6),
+        "b/x": (m(5, 3, 2) + 1.0, s(3)[:, None]),
+        "last": (m(3), 1e-6),
+    },
+)(
+    lambda: jax.vmap(
+        lambda a, scale, last: (
+            over_time(lambda b: (ppl.sample("a", whole(b)), ppl.sample("b", part(b + 1.0, scale))), a),
+            x(last, address="last"),
+        ),
+        in_axes=(1, 0, 0),
+    )(m(5, 3, 2), s(3), m(3))
+)
+
+
+# --- how the whole is run ------------------------------------------------------------------------------------------------
+
+RUNS = {
+    "one run": lambda f: jax.tree.map(lambda leaf: leaf[None], jax.jit(f)(KEY)),
+    "vmap over keys": lambda f: jax.jit(jax.vmap(f))(jax.random.split(KEY, 4)),
+    "over_lanes": lambda f: jax.jit(_jax.over_lanes(f, 4))(KEY),
+    "over_lanes in vmap over keys": lambda f: jax.tree.map(
+        lambda leaf: leaf.reshape(6, *leaf.shape[2:]),
+        jax.jit(jax.vmap(_jax.over_lanes(f, 3)))(jax.random.split(KEY, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_lanes(name, run):
+    function, sites = PROGRAMS[name]
+    program = ppl.model(function)()
+    assert {path: entry.shape for path, entry in leaves_of(program.sites())} == {p: c.shape for p, (c, _) in sites.items()}
+
+    def simulate(key: Any) -> Any:
+        trace = program.simulate(key)
+        return dict(leaves_of(trace.choices)), trace.log_density, program.assess(trace.choices)[0]
+
+    choices, log_density, assessed = RUNS[run](simulate)
+    runs = len(log_density)
+    residuals, expected = [], np.zeros(runs)
+    for path, (centre, scale) in sites.items():
+        value = np.asarray(choices[path])
+        assert value.shape == (runs, *centre.shape)
+        residual = (value - centre) / scale
+        assert np.abs(residual).max() < 8, "a draw follows another lane's parameters"
+        residuals.append(residual.ravel())
+        expected += stats.norm.logpdf(value, centre, scale).reshape(runs, -1).sum(1)
+    np.testing.assert_allclose(log_density, expected, rtol=1e-10)
+    np.testing.assert_allclose(assessed, expected, rtol=1e-10)
+    noise = np.sort(np.concatenate(residuals))
+    assert len(noise) == 1 or np.diff(noise).min() > 1e-7, "two lanes, steps, sites or runs share their noise"

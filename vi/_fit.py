@@ -1,0 +1,178 @@
+"""`fit`: stochastic gradient ascent on an objective, as compiled chunks of a loop."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from expectax.ppl import NonFiniteError
+from expectax.ppl._compile import Static, compiled
+from expectax.ppl._program import as_data, check_key
+from expectax.ppl._progress import chunks, progress_bar
+
+from ._objective import Objective, first_nonfinite, gradient_step
+
+
+class Fit(eqx.Module):
+    """The result of `vi.fit`.
+
+    Attributes:
+        params: the final parameters (the last finite ones).
+        values: the objective's estimate at each step done, shape `(num_steps,)`; nan where a step was not done.
+        num_steps: how many steps were done.
+        optimizer_state: the optimiser's final state.
+        skipped: how many steps were left out for a value or gradient that was not finite.
+    """
+
+    params: Any
+    values: Float[Array, " num_steps"]
+    num_steps: int = eqx.field(static=True)
+    optimizer_state: Any
+    skipped: int = eqx.field(static=True)
+
+
+class _Progress(eqx.Module):
+    """The state of the loop: `bad` is the first step that was not finite, or -1."""
+
+    params: Any
+    optimizer_state: Any
+    values: Array
+    bad: Array
+    skipped: Array
+
+
+def fit(
+    objective: Objective,
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    key: PRNGKeyArray,
+    num_steps: int,
+    num_samples: int = 1,
+    on_nonfinite: Literal["stop", "skip", "raise"] = "stop",
+    progress: bool = False,
+) -> Fit:
+    r"""Maximise an objective over its parameters.
+
+    Args:
+        objective: what to maximise.
+        params: initial parameters, a pytree; entries that are not floats stay as they are.
+        optimizer: any `optax` optimiser (it is given the gradient of minus the objective).
+        key: a typed key; step `i` uses `jax.random.fold_in(key, i)`.
+        num_steps: number of steps.
+        num_samples: independent samples averaged in each step's gradient.
+        on_nonfinite: what to do when a value or a gradient is not finite: `"stop"` warns and returns what was reached,
+            `"skip"` leaves the step out, `"raise"` raises. All three keep the last finite parameters, and name the
+            step and the first site that was not finite.
+        progress: show a progress bar; it does not change the result.
+
+    Returns:
+        A `Fit`.
+
+    Raises:
+        NonFiniteError: with `on_nonfinite="raise"`; its `result` is the `Fit` up to there.
+        AddressError, ShapeError, SupportError, StrategyError: the objective is malformed.
+
+    A second call with a new key, new parameters or new data of the same shapes compiles nothing.
+
+    Example:
+        >>> import jax, optax, expectax as ex
+        >>> from expectax import dist, vi
+        >>> @vi.objective
+        ... def quadratic(mean):
+        ...     return -(ex.sample("x", dist.Normal(mean, 1.0)) - 3.0) ** 2
+        >>> fit = vi.fit(quadratic, 0.0, optax.adam(0.05), key=jax.random.key(0), num_steps=500, num_samples=16)
+        >>> bool(abs(fit.params - 3.0) < 0.2)
+        True
+    """
+    check_key(key)
+    if on_nonfinite not in ("stop", "skip", "raise"):
+        raise ValueError(f"on_nonfinite must be 'stop', 'skip' or 'raise', got {on_nonfinite!r}.")
+    if num_steps < 1 or num_samples < 1:
+        raise ValueError(f"num_steps and num_samples must be at least 1, got {num_steps} and {num_samples}.")
+    length, count = chunks(num_steps)
+    rule, stop = Static(optimizer), on_nonfinite != "skip"
+    state = _start(rule, as_data(params), count * length)
+    with progress_bar(num_steps, "fit", progress) as advance:
+        for chunk in range(count):
+            start = chunk * length
+            end = min(start + length, num_steps)
+            state = _run(objective, rule, state, key, jnp.asarray([start, end]), num_samples, stop)
+            if progress:
+                advance(end - start, f"objective {float(jnp.nanmean(state.values[start:end])):.3f}")
+            if stop and int(state.bad) >= 0:
+                break
+    return _finish(objective, state, key, num_steps, num_samples, on_nonfinite)
+
+
+@compiled
+def _start(rule: Static, params: Any, size: int) -> _Progress:
+    differentiable, _ = eqx.partition(params, eqx.is_inexact_array)
+    values = jnp.full(size, jnp.nan, jnp.result_type(float))
+    return _Progress(params, rule.value.init(differentiable), values, jnp.asarray(-1), jnp.asarray(0))
+
+
+@compiled
+def _run(
+    objective: Objective, rule: Static, state: _Progress, key: Any, span: Any, num_samples: int, stop: bool
+) -> _Progress:
+    """Do the steps of a span; with `stop` the loop ends at the first step that is not finite."""
+
+    def going(carry: tuple[Any, _Progress]) -> Any:
+        step, state = carry
+        return (step < span[1]) & ((state.bad < 0) | (not stop))
+
+    def one(carry: tuple[Any, _Progress]) -> tuple[Any, _Progress]:
+        step, state = carry
+        return step + 1, _step(objective, rule.value, state, step, jax.random.fold_in(key, step), num_samples)
+
+    return lax.while_loop(going, one, (span[0], state))[1]
+
+
+def _step(objective: Objective, optimizer: Any, state: _Progress, step: Any, key: Any, num_samples: int) -> _Progress:
+    value, gradient = gradient_step(objective, state.params, key, num_samples)
+    ascent = jax.tree.map(jnp.negative, gradient)
+    differentiable, rest = eqx.partition(state.params, eqx.is_inexact_array)
+    updates, optimizer_state = optimizer.update(ascent, state.optimizer_state, differentiable)
+    params = eqx.combine(optax.apply_updates(differentiable, updates), rest)
+    finite = jnp.isfinite(value)
+    for leaf in jax.tree.leaves(gradient):
+        finite &= jnp.all(jnp.isfinite(leaf))
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), (state.params, state.optimizer_state)
+    )
+    return _Progress(
+        *kept,
+        values=state.values.at[step].set(value),
+        bad=jnp.where((state.bad < 0) & ~finite, step, state.bad),
+        skipped=state.skipped + jnp.where(finite, 0, 1),
+    )
+
+
+def _finish(
+    objective: Objective, state: _Progress, key: Any, num_steps: int, num_samples: int, on_nonfinite: str
+) -> Fit:
+    bad = int(state.bad)
+    done = num_steps if bad < 0 or on_nonfinite == "skip" else bad
+    result = Fit(state.params, state.values[:num_steps], done, state.optimizer_state, int(state.skipped))
+    if bad < 0:
+        return result
+    site = first_nonfinite(objective, state.params, jax.random.fold_in(key, bad), num_samples)
+    where = f"first at site {site!r}" if site else "though every site is finite: see the objective's own arithmetic"
+    message = (
+        f"vi.fit: the objective or its gradient was not finite at step {bad} of {num_steps}, {where}. "
+        "Try a smaller learning rate, other initial parameters, or a guide inside the model's support."
+    )
+    if on_nonfinite == "raise":
+        raise NonFiniteError(message, result)
+    if on_nonfinite == "skip":
+        message += f" {int(state.skipped)} steps were left out (on_nonfinite='skip')."
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return result
