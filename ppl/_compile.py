@@ -7,6 +7,7 @@ state to the key: numbers and small containers by value, other objects by identi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
@@ -85,6 +86,8 @@ def _walk(value: Any, seen: tuple[int, ...], data: bool) -> Any:
         return (_walk(value.func, seen, False), _walk(value.args, seen, False), _walk(value.keywords, seen, False))
     if isinstance(value, eqx.Module):
         return (type(value), *(_walk(v, seen, data) for v in vars(value).values()))
+    if dataclasses.is_dataclass(value) and type(value).__hash__ is not None:
+        return (type(value), *(_walk(getattr(value, f.name), seen, False) for f in dataclasses.fields(value)))
     if isinstance(getattr(value, "function", None), types.FunctionType):  # a model or an objective
         return (_Identity(value), _walk(value.function, seen, False))
     return _Identity(value)

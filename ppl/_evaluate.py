@@ -45,15 +45,23 @@ Visitor = Callable[[Site, list[Any], Any, Any], Visit]
 def evaluate(jaxpr: Any, args: Any, visitor: Visitor, key: Any = None, given: Any = None) -> Outcome:
     """Walk a jaxpr. `given` is a nested dict shaped like the choices; scanned entries carry a leading time axis."""
     given = given or {}
-    found = iter(()) if key is None else sources(jaxpr, key, lambda site: site.address not in given)
-    return _walk(jaxpr, args, visitor, found, given)
+    equations = _jax.close(jaxpr)[0].eqns
+    found = iter(()) if key is None else sources(equations, key, lambda site: site.address not in given)
+    return _call(jaxpr, args, visitor, found, given)
 
 
-def _walk(jaxpr: Any, args: Any, visitor: Visitor, found: Iterator[Any], given: dict[str, Any]) -> Outcome:
-    env = _jax.Environment.of(jaxpr, args)
-    opened = _jax.close(jaxpr)[0]
+def _call(jaxpr: Any, args: Any, visitor: Visitor, found: Iterator[Any], given: dict[str, Any]) -> Outcome:
+    env, opened = _jax.Environment.of(jaxpr, args), _jax.close(jaxpr)[0]
+    outcome = walk(opened.eqns, env, visitor, found, given)
+    return outcome._replace(outputs=[env.read(v) for v in opened.outvars])
+
+
+def walk(
+    equations: Any, env: _jax.Environment, visitor: Visitor, found: Iterator[Any], given: dict[str, Any]
+) -> Outcome:
+    """Walk some equations, adding their results to `env`; `found` yields the sources of randomness in order."""
     total = Outcome([], {}, 0.0, 0.0)
-    for eqn in opened.eqns:
+    for eqn in equations:
         values = [env.read(v) for v in eqn.invars]
         if eqn.primitive is sample_p:
             outcome = _at_site(eqn, values, visitor, found, given)
@@ -62,15 +70,16 @@ def _walk(jaxpr: Any, args: Any, visitor: Visitor, found: Iterator[Any], given: 
         else:
             outcome = _inside(eqn, values, visitor, found, given)
         env.update(zip(eqn.outvars, outcome.outputs, strict=True))
-        merge(total.choices, outcome.choices)
-        total = total._replace(
-            log_density=_plus(total.log_density, outcome.log_density),
-            log_weight=_plus(total.log_weight, outcome.log_weight),
+        total = Outcome(
+            [],
+            total.choices | outcome.choices,  # `site_table` has seen that the addresses differ
+            plus(total.log_density, outcome.log_density),
+            plus(total.log_weight, outcome.log_weight),
         )
-    return total._replace(outputs=[env.read(v) for v in opened.outvars])
+    return total
 
 
-def _plus(a: Any, b: Any) -> Any:
+def plus(a: Any, b: Any) -> Any:
     """Add, leaving out exact zeros: they would only lengthen the program."""
     if isinstance(b, float) and b == 0.0:
         return a
@@ -98,7 +107,7 @@ def _inside(eqn: Any, values: Any, visitor: Visitor, found: Iterator[Any], given
         outcome = evaluate(inner, values, visitor, key, given.get(address))
         return outcome._replace(choices={address: outcome.choices})
     if inner is not None:  # jit and checkpoint only wrap: their sites belong to this scope
-        return _walk(inner, values, visitor, found, given)
+        return _call(inner, values, visitor, found, given)
     if eqn.primitive in _jax.SCAN:
         return _scan(eqn, values, visitor, next(found, None), given)
     raise unfollowable(eqn)
@@ -135,11 +144,6 @@ def unfollowable(eqn: Any) -> ControlFlowError:
         f"site {names} at {_jax.place(eqn)} stands inside {eqn.primitive.name!r}, where sites cannot be followed "
         f"soundly. {remedy}"
     )
-
-
-def merge(into: dict[str, Any], more: dict[str, Any]) -> None:
-    """Add choices to choices; addresses are known to differ (`site_table` has checked)."""
-    into.update(more)
 
 
 # --- the table of sites -----------------------------------------------------------------------------------------

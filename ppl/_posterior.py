@@ -14,7 +14,7 @@ from ._choices import Choices, check_values, leaves_of, nested
 from ._errors import SupportError
 from ._evaluate import Entry, evaluate
 from ._program import Program, Staged, Trace, _scalar, check_key, stage
-from ._visitors import Observed, assessing, constraining, generating, unconstraining
+from ._visitors import Observed, assessing, constraining, generating, recording, unconstraining
 
 
 class Posterior(eqx.Module):
@@ -53,6 +53,16 @@ class Posterior(eqx.Module):
         staged = stage(self.program)
         given = self._complete(staged, latents, "log_density")
         return _scalar(evaluate(staged.jaxpr, staged.arguments, assessing, given=given).log_density)
+
+    def site_log_densities(self, latents: Choices) -> Choices:
+        """Return the log density of every site, latent and observed, one number per scan step and lane.
+
+        Args:
+            latents: nested dict with a value for every latent.
+        """
+        staged = stage(self.program)
+        given = self._complete(staged, latents, "site_log_densities")
+        return evaluate(staged.jaxpr, staged.arguments, recording, given=given).choices
 
     def generate(self, key: PRNGKeyArray) -> tuple[Trace, Float[Array, ""]]:
         """Draw the latents from the prior; see `Program.generate` for the weight."""

@@ -19,14 +19,14 @@ from ._sample import Site, sample_p
 Wanted = Callable[[Site], bool]
 
 
-def sources(jaxpr: Any, key: Any, wanted: Wanted = lambda site: True) -> Iterator[Any]:
-    """Return, in the order of a walk, one source per site, nested model and scan of a scope.
+def sources(equations: Any, key: Any, wanted: Wanted = lambda site: True) -> Iterator[Any]:
+    """Return, in the order of a walk, one source per site, nested model and scan of some equations.
 
     A source is `Noise` or a key; None for a site that is not `wanted` (its value is given). Each is made of the
     address (and, in objectives, of how often the address came before), so that adding a site leaves the draws of the
     others alone.
     """
-    items = list(_items(jaxpr, {}, set()))
+    items = list(_items(equations, {}, set()))
     pooled = [n for n, (site, _) in enumerate(items) if site is not None and wanted(site) and _pools(site)]
     keyed = [n for n, (site, _) in enumerate(items) if n not in set(pooled) and (site is None or wanted(site))]
     found: dict[int, Any] = {}
@@ -52,9 +52,9 @@ def _request(site: Site, code: int) -> Request:
     return Request(code, rule.kind, math.prod(site.value_shape))
 
 
-def _items(jaxpr: Any, counts: dict[str, int], codes: set[int]) -> Iterator[tuple[Any, int]]:
+def _items(equations: Any, counts: dict[str, int], codes: set[int]) -> Iterator[tuple[Any, int]]:
     """Yield `(site or None, code)` of all that draws, calls that only wrap written out."""
-    for eqn in _jax.close(jaxpr)[0].eqns:
+    for eqn in equations:
         site = eqn.params["site"] if eqn.primitive is sample_p else None
         if site is not None:
             label = site.address
@@ -63,7 +63,7 @@ def _items(jaxpr: Any, counts: dict[str, int], codes: set[int]) -> Iterator[tupl
         elif (address := scope_address(eqn)) is not None:
             label = address + "/"
         elif (inner := _jax.called_jaxpr(eqn)) is not None:
-            yield from _items(inner, counts, codes)
+            yield from _items(_jax.close(inner)[0].eqns, counts, codes)
             continue
         else:
             label = "/".join(("", eqn.primitive.name, *sorted({a for j in _jax.sub_jaxprs(eqn) for a in addresses(j)})))

@@ -51,6 +51,13 @@ def assessing(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
     return Visit(given, given, scored(site, leaves, given), 0.0)
 
 
+def recording(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
+    """Score the given value and record the score in its place."""
+    del source
+    log_density = scored(site, leaves, given)
+    return Visit(given, log_density, log_density, 0.0)
+
+
 def rebinding(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
     """Leave the choice to the enclosing program, and score it (`vi.simulate`)."""
     del source, given

@@ -39,12 +39,13 @@ class Fit(eqx.Module):
 
 
 class _Progress(eqx.Module):
-    """The state of the loop: `bad` is the first step that was not finite, or -1."""
+    """The state of the loop: `bad` is the first step that was not finite, or -1, and `bad_params` its parameters."""
 
     params: Any
     optimizer_state: Any
     values: Array
     bad: Array
+    bad_params: Any
     skipped: Array
 
 
@@ -116,7 +117,7 @@ def fit(
 def _start(rule: Static, params: Any, size: int) -> _Progress:
     differentiable, _ = eqx.partition(params, eqx.is_inexact_array)
     values = jnp.full(size, jnp.nan, jnp.result_type(float))
-    return _Progress(params, rule.value.init(differentiable), values, jnp.asarray(-1), jnp.asarray(0))
+    return _Progress(params, rule.value.init(differentiable), values, jnp.asarray(-1), params, jnp.asarray(0))
 
 
 @compiled
@@ -148,10 +149,12 @@ def _step(objective: Objective, optimizer: Any, state: _Progress, step: Any, key
     kept = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), (state.params, state.optimizer_state)
     )
+    first = (state.bad < 0) & ~finite
     return _Progress(
         *kept,
         values=state.values.at[step].set(value),
-        bad=jnp.where((state.bad < 0) & ~finite, step, state.bad),
+        bad=jnp.where(first, step, state.bad),
+        bad_params=jax.tree.map(lambda new, old: jnp.where(first, new, old), state.params, state.bad_params),
         skipped=state.skipped + jnp.where(finite, 0, 1),
     )
 
@@ -164,7 +167,7 @@ def _finish(
     result = Fit(state.params, state.values[:num_steps], done, state.optimizer_state, int(state.skipped))
     if bad < 0:
         return result
-    site = first_nonfinite(objective, state.params, jax.random.fold_in(key, bad), num_samples)
+    site = first_nonfinite(objective, state.bad_params, jax.random.fold_in(key, bad), num_samples)
     where = f"first at site {site!r}" if site else "though every site is finite: see the objective's own arithmetic"
     message = (
         f"vi.fit: the objective or its gradient was not finite at step {bad} of {num_steps}, {where}. "

@@ -56,7 +56,7 @@ def surrogate(jaxpr: Any, args: Any, key: Any, samples_axis: Any = None, checks:
         checks: a list to fill with one `Check` per site, for diagnosis.
     """
     opened = jaxpr.jaxpr
-    found = sources(jaxpr, key, _sampled)
+    found = sources(opened.eqns, key, _sampled)
     of_equation = {i: next(found) for i, eqn in enumerate(opened.eqns) if _draws(eqn)}
     walk = _Walk(opened, of_equation, samples_axis, checks)
     return walk.run(0, State(_jax.Environment.of(jaxpr, args), {}, {}))
@@ -186,7 +186,7 @@ def _direct(body: Any, args: Any, key: Any) -> tuple[list[Any], list[tuple[Site,
     """Run a scan's body with sites drawn; return also `(site, strategy, score, finite)` of each."""
     env = _jax.Environment.of(body, args)
     opened = _jax.close(body)[0]
-    found_sources = sources(body, key)
+    found_sources = sources(opened.eqns, key)
     found: list[tuple[Site, Reinforce | None, Any, Any]] = []
     for eqn in opened.eqns:
         values = [env.read(v) for v in eqn.invars]

@@ -1,0 +1,46 @@
+r"""Log weights: effective sample size, normalisation, and the log of a mean, all with a shift by the maximum."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def log_mean_exp(log_weights: Float[Array, " n"]) -> Float[Array, ""]:
+    r"""Return $\log \frac1n \sum_i e^{w_i}$; minus infinity if all weights are zero.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from expectax import inference
+        >>> float(inference.log_mean_exp(jnp.zeros(4)))
+        0.0
+    """
+    return jax.nn.logsumexp(log_weights) - jnp.log(log_weights.shape[0])
+
+
+def normalized_weights(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Return weights that sum to one; equal ones if all are zero.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from expectax import inference
+        >>> inference.normalized_weights(jnp.log(jnp.array([1.0, 3.0]))).tolist()
+        [0.25, 0.75]
+    """
+    top = jnp.max(log_weights)
+    shifted = jnp.where(jnp.isneginf(top), 0.0, log_weights - jnp.where(jnp.isneginf(top), 0.0, top))
+    weights = jnp.exp(shifted)
+    return weights / jnp.sum(weights)
+
+
+def effective_sample_size(log_weights: Float[Array, " n"]) -> Float[Array, ""]:
+    r"""Return $(\sum_i w_i)^2 / \sum_i w_i^2$ (Kong, Liu and Wong 1994).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from expectax import inference
+        >>> float(inference.effective_sample_size(jnp.zeros(8)))
+        8.0
+    """
+    return 1.0 / jnp.sum(normalized_weights(log_weights) ** 2)

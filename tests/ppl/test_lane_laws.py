@@ -1,0 +1,173 @@
+"""Every distribution with lanes in its parameters: type, density and law of its draws, lane by lane.
+
+The table holds every class that draws its lanes fused or from base noise, each with a scalar and a vector batch, and
+wrappers and classes that fall back to a key per lane. The first parameter carries its lanes in front, the second
+behind its batch axes, the third is shared.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import two_stage_uniform, two_stage_z
+from numpyro.distributions import constraints
+
+import expectax.ppl as ppl
+from expectax import dist
+from expectax.ppl import _distribution, _jax, _pathwise
+
+KEY = jax.random.key(20260804)
+LANES = 3
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Laned:
+    """`build(*parameters of one lane)` is a distribution; `values` hold the parameters with lanes at `axes`."""
+
+    build: Callable[..., dist.Distribution]
+    values: tuple[np.ndarray, ...]
+    axes: tuple[int | None, ...]
+
+    def lane(self, i: int) -> dist.Distribution:
+        """Return the distribution of lane i, built by hand."""
+        own = (v if axis is None else np.take(v, i, axis) for v, axis in zip(self.values, self.axes, strict=True))
+        return self.build(*map(jnp.asarray, own))
+
+    def simulate(self, key: Any) -> tuple[Any, Any]:
+        """Run a model with the distribution under a vmap."""
+        site = jax.vmap(lambda *own: ppl.sample("x", self.build(*own)), in_axes=self.axes)
+        trace = ppl.model(lambda: site(*map(jnp.asarray, self.values)))().simulate(key)
+        return trace["x"], trace.log_density
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def parameter(cls: Any, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Return parameters of a batch shape, all different, in the range of the constraint."""
+    constraint = cls.arg_constraints[name]
+    if name in ("low", "high"):
+        return rng.uniform(*{"low": (0.5, 1.0), "high": (2.0, 3.0)}[name], shape)
+    if name == "scale_tril":
+        return np.tril(rng.uniform(0.5, 1.0, (*shape, 4, 4)))
+    if constraint is constraints.simplex:
+        return rng.dirichlet(np.ones(4), shape)
+    event = (4,) * constraint.event_dim
+    negative, large = (np.all(constraint(np.full(event, value))) for value in (-1.0, 2.0))
+    return rng.uniform(*((-1.0, 1.0) if negative else (0.8, 3.0) if large else (0.2, 0.8)), shape + event)
+
+
+def of_class(cls: Any, names: tuple[str, ...], batch: tuple[int, ...]) -> Laned:
+    """Put the lanes of the first parameter in front, of the second behind its batch, and share the third."""
+    rng = np.random.default_rng(5)
+    axes = (0, len(batch), None)[: len(names)]
+    values = [parameter(cls, name, batch if axis is None else (LANES, *batch), rng) for name, axis in zip(names, axes, strict=True)]
+    moved = [v if axis is None else np.moveaxis(v, 0, axis) for v, axis in zip(values, axes, strict=True)]
+    return Laned(lambda *own: cls(**dict(zip(names, own, strict=True))), tuple(moved), axes)
+
+
+def wrapped(build: Callable[..., dist.Distribution]) -> Laned:
+    """Give `build(m, s)` lanes of m in (-1, 1) and lanes of s in (0.5, 2)."""
+    return Laned(build, (np.array([-0.9, 0.1, 0.8]), np.array([0.5, 1.9, 1.2])), (0, 0))
+
+
+TABLE = {
+    f"{cls.__name__}, batch {batch}": of_class(cls, names, batch)
+    for cls, names in _distribution._PARAMETERS.items()
+    for batch in [(), (2,)]
+}
+WEIGHTS, MASK = np.array([0.3, 0.7]), np.array([True, False, True])
+TABLE |= {
+    name: wrapped(build)
+    for name, build in {
+        "Independent": lambda m, s: dist.Normal(m * jnp.ones(2), s).to_event(1),
+        "Independent, two of three axes": lambda m, s: dist.Gamma(s * jnp.ones((2, 1, 2)), jnp.exp(m)).to_event(2),
+        "Independent of vectors": lambda m, s: dist.MultivariateNormal(m * jnp.ones((2, 2)), s * jnp.eye(2)).to_event(1),
+        "Expanded": lambda m, s: dist.Weibull(s, jnp.exp(m)).expand([2]),
+        "Expanded, as many as lanes": lambda m, s: dist.Normal(m, s).expand([LANES]),
+        "Expanded inside": lambda m, s: dist.StudentT(9.0, m * jnp.arange(2.0)[:, None], s).expand([2, 3]),
+        "Expanded vectors": lambda m, s: dist.Dirichlet(s * jnp.arange(1.0, 3.0)).expand([2]),
+        "Expanded to an event": lambda m, s: dist.Laplace(m, s).expand([2]).to_event(1),
+        "Masked": lambda m, s: dist.Normal(m * jnp.ones(3), s).mask(MASK),
+        "Masked by lane": lambda m, s: dist.Gamma(s, 1.0).mask(m > 0),
+        "Transformed": lambda m, s: dist.TransformedDistribution(dist.Normal(m, 1.0), dist.transforms.AffineTransform(1.0, s)),
+        "Transformed twice": lambda m, s: dist.TransformedDistribution(
+            dist.Normal(m, 0.3), [dist.transforms.AffineTransform(m, s), dist.transforms.ExpTransform()]
+        ),
+        "MixtureSameFamily": lambda m, s: dist.MixtureSameFamily(
+            dist.Categorical(probs=WEIGHTS), dist.Normal(jnp.stack([m, m + 4.0]), s)
+        ),
+        "MixtureGeneral": lambda m, s: dist.MixtureGeneral(
+            dist.Categorical(probs=WEIGHTS), [dist.Normal(m, s), dist.Laplace(m + 3.0, s)]
+        ),
+        "TruncatedNormal": lambda m, s: dist.TruncatedNormal(m, s, low=m),
+        "Binomial": lambda m, s: dist.Binomial(10, jax.nn.sigmoid(m * s)),
+        "Multinomial": lambda m, s: dist.Multinomial(5, probs=jax.nn.softmax(jnp.stack([m, s, 0.0]))),
+        "ZeroInflatedPoisson": lambda m, s: dist.ZeroInflatedPoisson(jax.nn.sigmoid(m), s),
+        "NegativeBinomial2": lambda m, s: dist.NegativeBinomial2(s, jnp.exp(m)),
+        "LowRankMultivariateNormal": lambda m, s: dist.LowRankMultivariateNormal(
+            m * jnp.ones(3), s * jnp.ones((3, 1)), s * jnp.ones(3)
+        ),
+        "Delta": lambda m, s: dist.Delta(m + s),
+    }.items()
+}  # fmt: skip
+
+
+# --- the laws ---------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def draws(name: str, key: Any, n: int) -> Any:
+    """Return values (n, lanes, batch, event) and log densities (n,)."""
+    return _jax.over_lanes(TABLE[name].simulate, n)(key)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_type_and_density(name):
+    case = TABLE[name]
+    values, log_density = map(np.asarray, draws(name, KEY, 1000))
+    lanes = [case.lane(i) for i in range(LANES)]
+    one = jax.eval_shape(lanes[0].sample, KEY)
+    assert values.shape == (1000, LANES, *one.shape)
+    assert values.dtype == one.dtype
+    expected = sum(np.asarray(d.log_prob(values[:, i])).reshape(1000, -1).sum(1) for i, d in enumerate(lanes))
+    np.testing.assert_allclose(log_density, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_law_of_the_draws(name):
+    """By the distribution function where numpyro has it, else by mean and variance."""
+    lanes = [TABLE[name].lane(i) for i in range(LANES)]
+    if lanes[0].event_shape == () and not lanes[0].is_discrete and has_cdf(lanes[0]):
+
+        def levels(key: Any, n: int) -> Any:
+            values = draws(name, key, n)[0]
+            return jnp.stack([d.cdf(values[:, i]) for i, d in enumerate(lanes)], axis=1)
+
+        return two_stage_uniform(levels, KEY, 1000)
+    mean = np.stack([np.broadcast_to(d.mean, d.shape()) for d in lanes])
+    variance = np.stack([np.broadcast_to(d.variance, d.shape()) for d in lanes])
+
+    def moments(key: Any, n: int) -> Any:
+        error = draws(name, key, n)[0] - mean
+        return jnp.stack([error, error**2], axis=1)
+
+    two_stage_z(moments, np.stack([0 * mean, variance]), KEY, 1000)
+
+
+def has_cdf(d: dist.Distribution) -> bool:
+    try:
+        return d.cdf(d.sample(KEY)) is not None
+    except NotImplementedError:
+        return False
+
+
+def test_the_table_covers_every_class_with_a_rule():
+    """Base noise is given only to classes of the table above."""
+    assert set(_pathwise._RULES) <= set(_distribution._PARAMETERS)

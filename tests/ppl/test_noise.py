@@ -1,0 +1,121 @@
+"""Base noise: one random call for all lanes, streams named by addresses, and the law of the numbers."""
+
+import functools
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import two_stage_uniform, two_stage_z
+from scipy import stats
+
+import expectax.ppl as ppl
+from expectax import dist
+from expectax.ppl import _draw, _jax, _noise
+
+KEY = jax.random.key(20260803)
+IMPLEMENTATIONS = {_draw.draw_p: _draw._implementation, _noise.noise_p: _noise._implementation}
+
+
+def random_equations(jaxpr: Any) -> list[tuple[str, int]]:
+    """Return (name, size of the output) of the equations that make random bits or split keys, inside draws too."""
+    found = []
+    for eqn in _jax.close(jaxpr)[0].eqns:
+        if eqn.primitive.name in ("random_bits", "random_split", "threefry2x32"):
+            found.append((eqn.primitive.name, math.prod(eqn.outvars[0].aval.shape)))
+        inner = list(_jax.sub_jaxprs(eqn))
+        if eqn.primitive in IMPLEMENTATIONS:
+            implementation = functools.partial(IMPLEMENTATIONS[eqn.primitive], **eqn.params)
+            inner.append(jax.make_jaxpr(implementation)(*[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]))
+        for j in inner:
+            found += random_equations(j)
+    return found
+
+
+def over_lanes_of(function: Any) -> list[tuple[str, int]]:
+    return random_equations(jax.make_jaxpr(_jax.over_lanes(ppl.model(function)().simulate, 1000))(KEY))
+
+
+def test_one_random_call_serves_all_sites_that_take_base_noise():
+    def sites():
+        jax.vmap(lambda a: ppl.sample("normal", dist.Normal(a, 1.0)))(jnp.arange(7.0))
+        jax.vmap(jax.vmap(lambda a: ppl.sample("uniform", dist.Uniform(a, a + 1.0))), in_axes=1)(jnp.ones((2, 3)))
+        ppl.sample("scalar", dist.Exponential(2.0))
+
+    # 14 numbers a lane of 32 bits each; threefry makes them in two halves
+    assert over_lanes_of(sites) == [("threefry2x32", 7000)]
+
+
+def test_one_random_call_for_each_other_site():
+    def sites():
+        jax.vmap(lambda a: ppl.sample("weibull", dist.Weibull(a, 1.0)))(jnp.ones(7))
+        jax.vmap(jax.vmap(lambda a: ppl.sample("pareto", dist.Pareto(a, 2.0))), in_axes=1)(jnp.ones((2, 3)))
+
+    assert over_lanes_of(sites) == [("random_bits", 7000), ("random_bits", 6000)]
+
+
+def test_a_draw_depends_on_its_address_not_on_its_place():
+    sites = {"a": dist.Normal(0.0, 1.0), "b": dist.Gamma(2.0, 1.0), "c": dist.Normal(0.0, 1.0), "d": dist.Exponential(1.0)}
+
+    def draws(addresses: str) -> Any:
+        program = ppl.model(lambda: [ppl.sample(a, sites[a]) for a in addresses])()
+        return {a: float(v) for a, v in program.simulate(KEY).choices.items()}
+
+    some, all_ = draws("ab"), draws("dcba")
+    assert {a: all_[a] for a in "ab"} == some
+    assert len(set(all_.values())) == 4
+
+
+def test_addresses_with_one_checksum_draw_apart():
+    assert zlib.crc32(b"plumless") == zlib.crc32(b"buckeroo")
+    program = ppl.model(lambda: [ppl.sample(a, dist.Normal(0.0, 1.0)) for a in ("plumless", "buckeroo")])()
+    choices = program.simulate(KEY).choices
+    assert choices["plumless"] != choices["buckeroo"]
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_every_generator_of_jax_serves(impl):
+    program = ppl.model(lambda: (jax.vmap(lambda a: ppl.sample("x", dist.Normal(a, 1.0)))(jnp.zeros(5)), None)[1])()
+    values = _jax.over_lanes(lambda key: program.simulate(key)["x"], 2000)(jax.random.key(7, impl=impl))
+    assert values.shape == (2000, 5) and len(np.unique(values)) > 9950  # float32 normals collide now and then
+    assert stats.kstest(np.asarray(values).ravel(), "norm").pvalue > 1e-6
+
+
+# --- the law of the numbers -----------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def numbers(key: Any, n: int, dtype: str) -> Any:
+    """Draw n times two streams of 3 normals and two of 2 uniforms, as uniforms: shape (n, 10)."""
+    requests = [_noise.Request(2**31 + i, kind, size) for i, (kind, size) in enumerate([("normal", 3), ("uniform", 2)] * 2)]
+    drawn = _jax.over_lanes(lambda key: _noise.noise(key, requests, dtype), n)(key)
+    return jnp.concatenate([jax.scipy.stats.norm.cdf(a) if a.shape[1] == 3 else a for a in drawn], axis=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_base_noise_is_normal_and_uniform(x64, dtype):
+    two_stage_uniform(lambda key, n: numbers(key, n, dtype), KEY, 20_000)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_streams_are_uncorrelated(x64, dtype):
+    def products(key: Any, n: int) -> Any:
+        u = numbers(key, n, dtype) - 0.5
+        return jnp.concatenate([u[:, :, None] * u[:, None, :], (u[:, :, None] * jnp.roll(u, 1, axis=0)[:, None, :])], axis=1)
+
+    two_stage_z(products, np.concatenate([np.eye(10) / 12, np.zeros((10, 10))]), KEY, 20_000)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("normal", "float32"), ("uniform", "float32"), ("uniform", "float64")])
+def test_noise_never_meets_the_ends(x64, kind, dtype):
+    """The smallest and the largest word make finite numbers, strictly inside (0, 1) and symmetric."""
+    words = 2 if dtype == "float64" else 1
+    ends = jnp.tile(jnp.array([[0], [0xFFFFFFFF]], jnp.uint32), (1, words))
+    low, high = np.asarray(_noise._convert(kind, ends, words, jnp.dtype(dtype))).ravel()
+    if kind == "uniform":
+        assert 0.0 < low < 1e-6 and low == 1.0 - high
+    else:
+        assert -6.0 < low == -high
