@@ -100,7 +100,7 @@ def _plain(key: Any) -> bool:
 def _walk_function(function: types.FunctionType, seen: tuple[int, ...]) -> Any:
     module = function.__module__ or ""
     if module.startswith(_LIBRARIES):
-        return _Identity(function) if function.__closure__ is None else _with_cells(function, seen)
+        return _with_cells(function, seen)
     used = sorted(_names(function.__code__))
     state = tuple((n, _walk(function.__globals__[n], seen, False)) for n in used if n in function.__globals__)
     return (_with_cells(function, seen), state)

@@ -105,7 +105,7 @@ def fit(
         for chunk in range(count):
             start = chunk * length
             end = min(start + length, num_steps)
-            state = _run(objective, rule, state, key, jnp.asarray([start, end]), num_samples, stop)
+            state = _run(objective, rule, state, key, jnp.asarray([start, end], jnp.int32), num_samples, stop)
             if progress:
                 advance(end - start, f"objective {float(jnp.nanmean(state.values[start:end])):.3f}")
             if stop and int(state.bad) >= 0:
@@ -117,7 +117,10 @@ def fit(
 def _start(rule: Static, params: Any, size: int) -> _Progress:
     differentiable, _ = eqx.partition(params, eqx.is_inexact_array)
     values = jnp.full(size, jnp.nan, jnp.result_type(float))
-    return _Progress(params, rule.value.init(differentiable), values, jnp.asarray(-1), params, jnp.asarray(0))
+    none, zero = jnp.asarray(-1, jnp.int32), jnp.asarray(0, jnp.int32)
+    state = _Progress(params, rule.value.init(differentiable), values, none, params, zero)
+    # strong dtypes from the start, so that the first chunk and the later ones are one program
+    return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype) if eqx.is_array(x) else x, state)
 
 
 @compiled
@@ -155,7 +158,7 @@ def _step(objective: Objective, optimizer: Any, state: _Progress, step: Any, key
         values=state.values.at[step].set(value),
         bad=jnp.where(first, step, state.bad),
         bad_params=jax.tree.map(lambda new, old: jnp.where(first, new, old), state.params, state.bad_params),
-        skipped=state.skipped + jnp.where(finite, 0, 1),
+        skipped=state.skipped + (~finite).astype(jnp.int32),
     )
 
 
