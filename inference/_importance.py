@@ -56,7 +56,7 @@ def importance(
     if proposal is not None:
         check_guide(proposal, posterior, _jax.caller(), covering=True)
     particles = _importance(posterior, proposal, key, num_particles)
-    if not isinstance(particles.log_weights, jax.core.Tracer):
+    if not _jax.is_traced(particles.log_weights):
         check_weights(posterior, particles)
     return particles
 

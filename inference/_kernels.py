@@ -23,7 +23,7 @@ class Kernel:
 
     @property
     def _algorithm(self) -> Any:
-        return blackjax.nuts if self.name == "nuts" else blackjax.hmc
+        return getattr(blackjax, self.name)
 
     def init(self, position: Any, log_density: LogDensity) -> Any:
         """Return the kernel's state at a position."""
@@ -31,7 +31,7 @@ class Kernel:
 
     def warm_up(self, key: Any, position: Any, log_density: LogDensity, num_steps: int) -> tuple[Any, dict[str, Any]]:
         """Adapt step size and mass matrix in windows as Stan does; return the state and the parameters."""
-        adaptation = blackjax.window_adaptation(
+        adaptation: Any = blackjax.window_adaptation(
             self._algorithm,
             log_density,
             is_mass_matrix_diagonal=not self.dense_mass,

@@ -14,7 +14,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from expectax.ppl import NonFiniteError, Posterior
+from expectax.ppl import NonFiniteError, Posterior, _jax
 from expectax.ppl._compile import compiled
 from expectax.ppl._program import check_key
 from expectax.ppl._progress import progress_bar
@@ -120,7 +120,7 @@ def mcmc(
     length, count = _even_chunks(num_samples)
     with progress_bar(num_warmup + num_samples, kernel.name, progress) as advance:
         start = _starts(posterior, key_start, num_chains, initial)
-        if not isinstance(start, jax.core.Tracer):
+        if not _jax.is_traced(start):
             _check_starts(posterior, start)
         state, parameters = _warm_up(posterior, kernel, key_warm, start, num_warmup)
         if progress:
@@ -129,9 +129,7 @@ def mcmc(
         keys = jax.vmap(lambda k: jax.random.split(k, num_samples))(jax.random.split(key_run, num_chains))
         pieces = []
         for chunk in range(count):
-            state, piece = _sample(
-                posterior, kernel, keys[:, chunk * length : (chunk + 1) * length], state, parameters
-            )
+            state, piece = _sample(posterior, kernel, keys[:, chunk * length : (chunk + 1) * length], state, parameters)
             pieces.append(piece)
             if progress:
                 jax.block_until_ready(state)
@@ -210,9 +208,7 @@ def _densities(posterior: Posterior, positions: Any) -> Any:
 
 
 @compiled
-def _warm_up(
-    posterior: Posterior, kernel: Kernel, key: Any, start: Any, num_warmup: int
-) -> tuple[Any, dict[str, Any]]:
+def _warm_up(posterior: Posterior, kernel: Kernel, key: Any, start: Any, num_warmup: int) -> tuple[Any, dict[str, Any]]:
     log_density, _, size = _target(posterior)
 
     def one(key: Any, position: Any) -> Any:
@@ -248,7 +244,7 @@ def _sample(posterior: Posterior, kernel: Kernel, keys: Any, state: Any, paramet
 
 def _warn_divergent(chains: Chains) -> None:
     divergent = chains.statistics["divergent"]
-    if isinstance(divergent, jax.core.Tracer) or not int(divergent.sum()):
+    if _jax.is_traced(divergent) or not int(divergent.sum()):
         return
     warnings.warn(
         f"mcmc: {int(divergent.sum())} of {divergent.size} transitions diverged, so parts of the posterior may be "

@@ -11,6 +11,7 @@ import numpy as np
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
+from . import _jax
 from ._errors import AddressError, ShapeError, SupportError, nearest
 from ._evaluate import Entry
 from ._support import whole_space
@@ -73,7 +74,7 @@ def check_value(path: str, entry: Entry, value: Any, what: str, where: str) -> j
     dtype = jnp.result_type(value)
     if jnp.issubdtype(dtype, jnp.complexfloating) or not jnp.issubdtype(dtype, jnp.number) and dtype != jnp.bool_:
         raise SupportError(f"{what} at {where}: site {path!r} takes {entry.dtype} numbers, got {dtype}.")
-    known = not isinstance(value, jax.core.Tracer)
+    known = not _jax.is_traced(value)
     if jnp.issubdtype(entry.dtype, jnp.integer) and jnp.issubdtype(dtype, jnp.floating):
         if not known or np.any(np.asarray(value) != np.round(np.asarray(value))):
             raise SupportError(

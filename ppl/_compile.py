@@ -86,10 +86,10 @@ def _walk(value: Any, seen: tuple[int, ...], data: bool) -> Any:
         return (_walk(value.func, seen, False), _walk(value.args, seen, False), _walk(value.keywords, seen, False))
     if isinstance(value, eqx.Module):
         return (type(value), *(_walk(v, seen, data) for v in vars(value).values()))
-    if dataclasses.is_dataclass(value) and type(value).__hash__ is not None:
-        return (type(value), *(_walk(getattr(value, f.name), seen, False) for f in dataclasses.fields(value)))
     if isinstance(getattr(value, "function", None), types.FunctionType):  # a model or an objective
         return (_Identity(value), _walk(value.function, seen, False))
+    if dataclasses.is_dataclass(value) and type(value).__hash__ is not None:
+        return (type(value), *(_walk(getattr(value, f.name), seen, False) for f in dataclasses.fields(value)))
     return _Identity(value)
 
 

@@ -40,7 +40,7 @@ def draw_type(structure: Any, leaves: Any) -> jax.ShapeDtypeStruct:
     """Return shape and dtype of one draw, traced once for each kind of distribution and parameter type."""
     types = tuple(type_of(leaf) for leaf in leaves)
     try:
-        return _cached_draw_type(structure, types, jax.config.jax_enable_x64)
+        return _cached_draw_type(structure, types, jnp.result_type(float))
     except TypeError:  # an unhashable structure: trace it each time
         return _draw_type(structure, types)
 
@@ -60,8 +60,8 @@ def _draw_type(structure: Any, types: Any) -> jax.ShapeDtypeStruct:
 
 
 @functools.lru_cache(maxsize=4096)
-def _cached_draw_type(structure: Any, types: Any, x64: bool) -> jax.ShapeDtypeStruct:
-    del x64  # part of the key only
+def _cached_draw_type(structure: Any, types: Any, default_float: Any) -> jax.ShapeDtypeStruct:
+    del default_float  # part of the key only
     return _draw_type(structure, types)
 
 

@@ -50,18 +50,18 @@ def _without(t: jax.ShapeDtypeStruct, dim: int | None) -> jax.ShapeDtypeStruct:
 def fused_sample(key: jax.Array, structure: Any, lanes: tuple[Lane, ...], leaves: Any) -> jax.Array:
     """Draw all lanes from one key."""
     if all(dim is None for lane in lanes for dim in lane.dims):
-        return rebuild(structure, leaves).sample(key, lane_shape(lanes))
+        return jnp.asarray(rebuild(structure, leaves).sample(key, lane_shape(lanes)))
     aligned = rebuild(structure, align(lanes, leaves))
     try:
         whole = batched(aligned, len(lanes), lane_shape(lanes) + tuple(aligned.batch_shape))
     except NotFusable:
         return _split_sample(key, structure, lanes, leaves)
-    return whole.sample(key)
+    return jnp.asarray(whole.sample(key))
 
 
 def _split_sample(key: jax.Array, structure: Any, lanes: tuple[Lane, ...], leaves: Any) -> jax.Array:
     def one(key: jax.Array, leaves: Any) -> jax.Array:
-        return rebuild(structure, leaves).sample(key)
+        return jnp.asarray(rebuild(structure, leaves).sample(key))
 
     for lane in lanes:
         one = jax.vmap(one, in_axes=(0, list(lane.dims)), axis_size=lane.size)

@@ -117,7 +117,11 @@ def _scan(eqn: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, An
     """Run a scan whose body has sites: keys and given values become inputs of each step, choices outputs."""
     num_consts, num_carry = _jax.scan_sizes(eqn)
     body, length = eqn.params["jaxpr"], eqn.params["length"]
-    consts, carry, xs = values[:num_consts], values[num_consts : num_consts + num_carry], values[num_consts + num_carry :]
+    consts, carry, xs = (
+        values[:num_consts],
+        values[num_consts : num_consts + num_carry],
+        values[num_consts + num_carry :],
+    )
     here = {address: given[address] for address in site_table(body) if address in given}
     step_keys = None if key is None else jax.random.split(key, length)
 

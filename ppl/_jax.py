@@ -15,7 +15,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jax import lax
+from jax import core, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
@@ -25,12 +25,12 @@ from jax.interpreters import ad, batching, mlir
 
 __all__ = ["ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var", "ad", "batching", "mlir"]
 
-ShapedArray = jax.core.ShapedArray
+ShapedArray = core.ShapedArray
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _MACHINERY = (
     *(os.path.join(_ROOT, folder) + os.sep for folder in ("ppl", "vi", "inference")),
-    *(os.path.dirname(os.path.abspath(package.__file__)) + os.sep for package in (jax, eqx)),
+    *(os.path.dirname(os.path.abspath(str(package.__file__))) + os.sep for package in (jax, eqx)),
 )
 
 
@@ -44,6 +44,11 @@ _TAG = "expectax_site:"
 SCAN = _primitives("scan_p")
 COND = _primitives("cond_p")
 CUSTOM = _primitives("custom_jvp_call_p", "custom_vjp_call_p", "custom_vjp_call_jaxpr_p")
+
+
+def is_traced(value: Any) -> bool:
+    """Tell whether a value is being traced, so that its numbers are not known."""
+    return isinstance(value, core.Tracer)
 
 
 # --- jaxprs -----------------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from ._support import contains
 
 
 def check_guide(guide: Program, posterior: Posterior, where: str, covering: bool = False) -> None:
-    """Refuse a guide whose addresses, shapes or supports do not fit the latents.
+    r"""Refuse a guide whose addresses, shapes or supports do not fit the latents.
 
     Every latent must have its site in the guide and every site of the guide its latent. A guide's support must lie in
-    its latent's (else $E_q[\\log p]$ is minus infinity); with `covering`, as importance sampling needs, also the other
+    its latent's (else $E_q[\log p]$ is minus infinity); with `covering`, as importance sampling needs, also the other
     way round.
     """
     sites = dict(leaves_of(guide.sites()))

@@ -69,9 +69,7 @@ class Posterior(eqx.Module):
         check_key(key)
         staged = stage(self.program)
         outcome = evaluate(staged.jaxpr, staged.arguments, generating, key, self.observations)
-        trace = Trace(
-            self.program, outcome.choices, staged.returned(outcome.outputs), _scalar(outcome.log_density)
-        )
+        trace = Trace(self.program, outcome.choices, staged.returned(outcome.outputs), _scalar(outcome.log_density))
         return trace, _scalar(outcome.log_weight)
 
     def latents(self, choices: Choices) -> Choices:

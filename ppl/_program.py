@@ -203,7 +203,9 @@ def model(function: Callable[..., Any]) -> Model:
 
 def as_data(tree: Any) -> Any:
     """Make arrays of the numpy arrays and floats in a tree; integers, strings and other objects stay as they are."""
-    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, (float, complex, np.ndarray, np.generic)) else x, tree)
+    return jax.tree.map(
+        lambda x: jnp.asarray(x) if isinstance(x, (float, complex, np.ndarray, np.generic)) else x, tree
+    )
 
 
 def stage(program: Program) -> Staged:
@@ -228,7 +230,7 @@ def stage(program: Program) -> Staged:
 
 def check_key(key: Any) -> None:
     """Refuse what is not one typed key."""
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+    if not jnp.issubdtype(getattr(key, "dtype", bool), jax.dtypes.prng_key):
         raise TypeError(f"expected a typed key from jax.random.key(seed), got {type(key).__name__}.")
     if key.shape != ():
         raise TypeError(f"expected one key, got an array of keys of shape {key.shape}: use jax.vmap over keys.")

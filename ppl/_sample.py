@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro import distributions as dist
@@ -50,7 +49,7 @@ class Site:
 
     def terms(self, d: dist.Distribution, value: Any) -> Array:
         """Return `d.log_prob(value)`, which must have the batch shape of `d`."""
-        terms = d.log_prob(value)
+        terms = jnp.asarray(d.log_prob(value))
         if jnp.shape(terms) != tuple(d.batch_shape):
             raise ShapeError(
                 f"site {self.address!r} at {self.where}: log_prob of {type(d).__name__} at a value of shape "
@@ -165,4 +164,3 @@ _jax.guard_batched_cond(sample_p, _refuse_batched_cond)
 def lanes_of(site: Site, function: Any, *mapped: Any, leaves: Any) -> Any:
     """Apply `function(*values of one lane, leaves of one lane)` in every lane of a site."""
     return over(site.lanes, function, len(mapped))(*mapped, list(leaves))
-

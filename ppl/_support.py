@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
+
+from . import _jax
 
 
 def whole_space(support: Any) -> bool:
@@ -75,6 +76,6 @@ def _interval(support: Any) -> tuple[Any, Any] | None:
 
 
 def _not_above(a: Any, b: Any) -> bool:
-    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+    if _jax.is_traced(a) or _jax.is_traced(b):
         return True
     return bool(np.all(np.asarray(a) <= np.asarray(b)))

@@ -96,4 +96,3 @@ def unconstraining(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
         return transform_of(site.distribution(leaves)).inv(value)
 
     return Visit(given, lanes_of(site, one, given, leaves=leaves), 0.0, 0.0)
-

@@ -93,6 +93,4 @@ def _iwelbo(posterior: Posterior, guide: Guide, num_particles: int, params: Any)
 
 def _check_posterior(posterior: Any) -> None:
     if not isinstance(posterior, Posterior):
-        raise TypeError(
-            f"expected a posterior, model(args).given(observations), got {type(posterior).__name__}."
-        )
+        raise TypeError(f"expected a posterior, model(args).given(observations), got {type(posterior).__name__}.")

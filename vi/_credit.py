@@ -37,9 +37,7 @@ def merge(a: Dependence, b: Dependence) -> Dependence:
 
 def moved(dependence: Dependence, move: Callable[[int], int | None]) -> Dependence:
     """Return the dependence after each axis `a` of the value went to `move(a)` (None: mixed)."""
-    return {
-        score: tuple(None if axis is None else move(axis) for axis in axes) for score, axes in dependence.items()
-    }
+    return {score: tuple(None if axis is None else move(axis) for axis in axes) for score, axes in dependence.items()}
 
 
 def mixed(dependence: Dependence) -> Dependence:

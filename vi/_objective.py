@@ -248,4 +248,3 @@ def _checks(objective: Objective, params: Any, key: Any, num_samples: int, names
         return [c.finite for c in checks]
 
     return one(key) if num_samples == 1 else _jax.over_lanes(one, num_samples)(key)
-

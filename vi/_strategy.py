@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 from numpyro import distributions as dist
 
-from expectax.ppl import StrategyError
+from expectax.ppl import StrategyError, _jax
 from expectax.ppl._sample import Site
 
 MAX_ENUMERATED = 4096
@@ -100,7 +100,7 @@ def innermost(d: dist.Distribution) -> dist.Distribution:
 def _known(leaf: Any, j: int, site: Site) -> Any:
     """Return a parameter's value if it is a known number, else nan (None for integers) of one lane's shape."""
     mapped = sum(lane.dims[j] is not None for lane in site.lanes)
-    if not isinstance(leaf, jax.core.Tracer) and not mapped:
+    if not _jax.is_traced(leaf) and not mapped:
         return np.asarray(leaf)
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return None

@@ -149,7 +149,7 @@ def unweighted(guide: Any, bound: Any, fitted: vi.Fit, key: Any, seconds: Any) -
 
 
 def _result(method: str, mean: Any, error: Any, sd: Any, bound: Any, *rest: Any) -> Result:
-    arrays = [np.asarray(v) if isinstance(v, jax.Array) else v for v in (mean, error, sd, bound, *rest)]
+    arrays: list[Any] = [np.asarray(v) if isinstance(v, jax.Array) else v for v in (mean, error, sd, bound, *rest)]
     return Result(method, *arrays)
 
 
