@@ -20,7 +20,6 @@ from expectax.ppl._progress import chunks, progress_bar
 
 from ._objective import Objective, first_nonfinite, gradient_step
 
-
 _BLOCK = 64
 
 

@@ -15,13 +15,12 @@ import pytest
 from jax import lax
 from scipy import stats
 
-import expectax.ppl as ppl
-from expectax import dist
+from expectax import dist, ppl
 from expectax.ppl import _jax
 from expectax.ppl._choices import leaves_of
 
 KEY = jax.random.key(20260802)
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
 
 def m(*shape: int) -> np.ndarray:
@@ -103,7 +102,9 @@ lanes("three levels, axes 1, -1, 0", m(2, 3, 4).transpose(1, 2, 0))(
     lambda: jax.vmap(jax.vmap(jax.vmap(x), in_axes=-1), in_axes=1)(m(2, 3, 4))
 )
 lanes("three levels of the same size", m(3, 3, 3).transpose(2, 0, 1), s(3)[:, None])(
-    lambda: jax.vmap(jax.vmap(jax.vmap(x), in_axes=(0, 0)), in_axes=(2, None))(m(3, 3, 3), np.broadcast_to(s(3), (3, 3)).T)
+    lambda: jax.vmap(jax.vmap(jax.vmap(x), in_axes=(0, 0)), in_axes=(2, None))(
+        m(3, 3, 3), np.broadcast_to(s(3), (3, 3)).T
+    )
 )
 lanes("three levels, the middle one unmapped", np.broadcast_to(m(3, 2)[:, None], (3, 4, 2)))(
     lambda: jax.vmap(jax.vmap(jax.vmap(x), in_axes=None, axis_size=4))(m(3, 2))
@@ -122,9 +123,7 @@ lanes("scan without inputs in vmap", np.broadcast_to(m(3), (5, 3)), s(3))(
 lanes("scan in vmap with nothing mapped", np.broadcast_to(m(5)[:, None], (5, 3)))(
     lambda: jax.vmap(lambda a: over_time(x, a), in_axes=None, axis_size=3)(m(5))
 )
-lanes("vmap in scan in vmap", m(5, 3, 2))(
-    lambda: jax.vmap(lambda a: over_time(jax.vmap(x), a), in_axes=1)(m(5, 3, 2))
-)
+lanes("vmap in scan in vmap", m(5, 3, 2))(lambda: jax.vmap(lambda a: over_time(jax.vmap(x), a), in_axes=1)(m(5, 3, 2)))
 lanes("scan in scan in vmap", m(3, 5, 2).transpose(1, 2, 0), s(3))(
     lambda: jax.vmap(lambda a, b: over_time(lambda row: over_time(lambda c: x(c, b), row), a))(m(3, 5, 2), s(3))
 )
@@ -189,7 +188,9 @@ RUNS = {
     "over_lanes": lambda f: jax.jit(_jax.over_lanes(f, 3))(KEY),
     "vmap over keys in over_lanes": lambda f: merged(jax.jit(_jax.over_lanes(jax.vmap(f), 3))(KEYS)),
     "over_lanes in over_lanes": lambda f: merged(jax.jit(_jax.over_lanes(_jax.over_lanes(f, 2), 3))(KEY)),
-    "over_lanes in scan over keys": lambda f: merged(jax.jit(lambda keys: over_time(_jax.over_lanes(f, 3), keys))(KEYS)),
+    "over_lanes in scan over keys": lambda f: merged(
+        jax.jit(lambda keys: over_time(_jax.over_lanes(f, 3), keys))(KEYS)
+    ),
 }
 SOME = ["axis 1", "nothing mapped", "two levels, a parameter each", "vmap in scan in vmap", "vmap in jit in vmap"]
 CASES = [(name, run) for name in PROGRAMS for i, run in enumerate(RUNS) if i < 2 or name in SOME]
@@ -199,7 +200,9 @@ CASES = [(name, run) for name in PROGRAMS for i, run in enumerate(RUNS) if i < 2
 def test_lanes(name, run):
     function, sites = PROGRAMS[name]
     program = ppl.model(function)()
-    assert {path: e.shape for path, e in leaves_of(program.sites())} == {path: c.shape for path, (c, _) in sites.items()}
+    assert {path: e.shape for path, e in leaves_of(program.sites())} == {
+        path: c.shape for path, (c, _) in sites.items()
+    }
 
     def simulate(key: Any) -> Any:
         trace = program.simulate(key)
@@ -257,7 +260,9 @@ def test_three_lanes_of_a_dirichlet_of_three(axis):
     assert len(np.unique(value)) == 9
     points = np.random.default_rng(0).dirichlet(np.ones(3), 3)
     density = program.assess({"x": points})[0]
-    np.testing.assert_allclose(density, sum(stats.dirichlet(c).logpdf(p) for c, p in zip(own, points, strict=True)), rtol=1e-10)
+    np.testing.assert_allclose(
+        density, sum(stats.dirichlet(c).logpdf(p) for c, p in zip(own, points, strict=True)), rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import two_stage_uniform, two_stage_z
 from scipy import stats
 
-import expectax.ppl as ppl
-from expectax import dist
+from expectax import dist, ppl
 from expectax.ppl import _draw, _jax, _noise
+from helpers import two_stage_uniform, two_stage_z
 
 KEY = jax.random.key(20260803)
 IMPLEMENTATIONS = {_draw.draw_p: _draw._implementation, _noise.noise_p: _noise._implementation}
@@ -29,7 +28,9 @@ def random_equations(jaxpr: Any) -> list[tuple[str, int]]:
         inner = list(_jax.sub_jaxprs(eqn))
         if eqn.primitive in IMPLEMENTATIONS:
             implementation = functools.partial(IMPLEMENTATIONS[eqn.primitive], **eqn.params)
-            inner.append(jax.make_jaxpr(implementation)(*[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]))
+            inner.append(
+                jax.make_jaxpr(implementation)(*[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars])
+            )
         for j in inner:
             found += random_equations(j)
     return found
@@ -58,7 +59,12 @@ def test_one_random_call_for_each_other_site():
 
 
 def test_a_draw_depends_on_its_address_not_on_its_place():
-    sites = {"a": dist.Normal(0.0, 1.0), "b": dist.Gamma(2.0, 1.0), "c": dist.Normal(0.0, 1.0), "d": dist.Exponential(1.0)}
+    sites = {
+        "a": dist.Normal(0.0, 1.0),
+        "b": dist.Gamma(2.0, 1.0),
+        "c": dist.Normal(0.0, 1.0),
+        "d": dist.Exponential(1.0),
+    }
 
     def draws(addresses: str) -> Any:
         program = ppl.model(lambda: [ppl.sample(a, sites[a]) for a in addresses])()
@@ -90,7 +96,9 @@ def test_every_generator_of_jax_serves(impl):
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def numbers(key: Any, n: int, dtype: str) -> Any:
     """Draw n times two streams of 3 normals and two of 2 uniforms, as uniforms: shape (n, 10)."""
-    requests = [_noise.Request(2**31 + i, kind, size) for i, (kind, size) in enumerate([("normal", 3), ("uniform", 2)] * 2)]
+    requests = [
+        _noise.Request(2**31 + i, kind, size) for i, (kind, size) in enumerate([("normal", 3), ("uniform", 2)] * 2)
+    ]
     drawn = _jax.over_lanes(lambda key: _noise.noise(key, requests, dtype), n)(key)
     return jnp.concatenate([jax.scipy.stats.norm.cdf(a) if a.shape[1] == 3 else a for a in drawn], axis=1)
 
@@ -104,7 +112,9 @@ def test_base_noise_is_normal_and_uniform(x64, dtype):
 def test_streams_are_uncorrelated(x64, dtype):
     def products(key: Any, n: int) -> Any:
         u = numbers(key, n, dtype) - 0.5
-        return jnp.concatenate([u[:, :, None] * u[:, None, :], (u[:, :, None] * jnp.roll(u, 1, axis=0)[:, None, :])], axis=1)
+        return jnp.concatenate(
+            [u[:, :, None] * u[:, None, :], (u[:, :, None] * jnp.roll(u, 1, axis=0)[:, None, :])], axis=1
+        )
 
     two_stage_z(products, np.concatenate([np.eye(10) / 12, np.zeros((10, 10))]), KEY, 20_000)
 

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_models import EXACT, Exact
-from helpers import enumerate_choices, gaussian_log_integral, two_stage_z
 from jax import lax
 
+from exact_models import EXACT, Exact
+from helpers import enumerate_choices, gaussian_log_integral, two_stage_z
+
 KEY = jax.random.key(20260801)
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
 
 def everything(case: Exact, key: Any, x: Any, y: Any) -> dict[str, Any]:
@@ -58,8 +59,7 @@ def run(f: Any, context: str, keys: Any, xs: Any, ys: Any) -> Any:
         case "plain":
             return _stack([f(*row) for row in zip(keys, xs, ys, strict=True)])
         case "jit":
-            compiled = jax.jit(f)
-            return _stack([compiled(*row) for row in zip(keys, xs, ys, strict=True)])
+            return _stack([jax.jit(f)(*row) for row in zip(keys, xs, ys, strict=True)])
         case "vmap":
             return jax.jit(jax.vmap(f))(keys, xs, ys)
         case "vmap over keys":
@@ -76,13 +76,22 @@ def _stack(trees: Any) -> Any:
 
 
 @functools.cache
+def methods(name: str) -> Any:
+    """Return `everything` of one model; one function, so that it is compiled once."""
+    return functools.partial(everything, EXACT[name])
+
+
+@functools.cache
 def outputs(name: str, context: str) -> list[tuple[Any, Any, Any]]:
     """Return (x, y, outputs) of each row, in numpy."""
     case, (which_keys, which_data) = EXACT[name], ROWS[context]
     keys = jax.random.split(KEY, 3)[np.array(which_keys)]
     xs, ys = (part[np.array(which_data)] for part in case.data)
-    out = run(functools.partial(everything, case), context, keys, jnp.asarray(xs), jnp.asarray(ys))
-    return [(x, y, jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], out)) for i, (x, y) in enumerate(zip(xs, ys, strict=True))]
+    out = run(methods(name), context, keys, jnp.asarray(xs), jnp.asarray(ys))
+    return [
+        (x, y, jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], out))
+        for i, (x, y) in enumerate(zip(xs, ys, strict=True))
+    ]
 
 
 # --- laws ---------------------------------------------------------------------------------------------------------
@@ -156,14 +165,9 @@ def test_a_transformation_equals_the_python_loop(name, context):
     """Draw for draw: keys and data of a row give the same choices and weights however the row is run."""
     case, (which_keys, which_data) = EXACT[name], ROWS[context]
     keys = jax.random.split(KEY, 3)
-    single = _jitted(name)
+    single = jax.jit(methods(name))
     for i, (k, d) in enumerate(zip(which_keys, which_data, strict=True)):
         close(outputs(name, context)[i][2], jax.tree.map(np.asarray, single(keys[k], *case.one(d))))
-
-
-@functools.cache
-def _jitted(name: str) -> Any:
-    return jax.jit(functools.partial(everything, EXACT[name]))
 
 
 # --- evidence -------------------------------------------------------------------------------------------------------
@@ -192,9 +196,10 @@ def test_posterior_density_integrates_to_the_evidence(name, i):
     np.testing.assert_allclose(log_integral, case.log_evidence(*case.one(i)), rtol=1e-10)
 
 
-def weighted_latents(case: Exact, i: int) -> Any:
-    """Return a sampler (key, n) -> (latents, weights, log densities) of `generate` with y given."""
-    posterior = case.posterior(*case.one(i))
+@functools.cache
+def weighted_latents(name: str) -> Any:
+    """Return a sampler (key, n) -> (latents, weights, log densities) of `generate` with the first y given."""
+    posterior = EXACT[name].posterior(*EXACT[name].one(0))
 
     @functools.partial(jax.jit, static_argnums=1)
     def sampler(key, n):
@@ -208,7 +213,7 @@ def weighted_latents(case: Exact, i: int) -> Any:
 def test_mean_weight_is_the_evidence_exactly(name):
     r"""E[exp w] = sum_z q(z) exp(w(z)) over the drawn z, with q(z) = exp(log_density - w): 1e-10."""
     case = EXACT[name]
-    latents, weight, log_density = weighted_latents(case, 0)(KEY, 4096)
+    latents, weight, log_density = weighted_latents(name)(KEY, 4096)
     flat = np.concatenate([np.asarray(leaf).reshape(4096, -1) for leaf in jax.tree.leaves(latents)], axis=1)
     distinct, first, inverse = np.unique(flat, axis=0, return_index=True, return_inverse=True)
     weight, log_density = np.asarray(weight), np.asarray(log_density)
@@ -227,7 +232,7 @@ def _zip_leaves(a: Any, b: Any) -> Any:
 def test_mean_weight_is_the_evidence(name):
     """E[exp w] = p(y), by a z-test on Z, for which the estimate is unbiased (log Z is not)."""
     case = EXACT[name]
-    sampler = weighted_latents(case, 0)
+    sampler = weighted_latents(name)
     two_stage_z(lambda key, n: jnp.exp(sampler(key, n)[1]), np.exp(case.log_evidence(*case.one(0))), KEY, 20_000)
 
 
@@ -236,7 +241,7 @@ def test_draws_have_the_prior_law(name):
     """The frequency of each joint assignment: sees sites, lanes or time steps that share noise."""
     case = EXACT[name]
     x, _ = case.one(0)
-    sampler = weighted_latents(case, 0)
+    sampler = weighted_latents(name)
     shapes = case.posterior(*case.one(0)).latent_shapes
     every = enumerate_choices(shapes, case.states)
     table = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(every)], axis=1)
@@ -255,7 +260,7 @@ def test_draws_have_the_prior_moments(name):
     """Mean and second moments of the whole path: sees time steps or components that share noise."""
     case = EXACT[name]
     mean, cov = case.moments(case.one(0)[0])
-    sampler = weighted_latents(case, 0)
+    sampler = weighted_latents(name)
 
     def moments(key: Any, n: int) -> Any:
         z = jnp.concatenate([leaf.reshape(n, -1) for leaf in jax.tree.leaves(sampler(key, n)[0])], axis=1) - mean

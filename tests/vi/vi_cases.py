@@ -1,8 +1,8 @@
 r"""Small programs whose expectation is a finite sum, to test estimators by enumerating the algorithm's own choices.
 
 Each case is written twice: in the objective language, and as a joint density and a cost of plain numbers `o`, so that
-the truth is $\sum_o p_\theta(o)\, f_\theta(o)$. A program takes its choices through `site(address, distribution, o)`, so
-that one program serves every strategy; for strategies that draw, the draw is replaced by the given outcome `o`.
+the truth is $\sum_o p_\theta(o)\, f_\theta(o)$. A program takes its choices through `site(address, distribution, o)`,
+so that one program serves every strategy; for strategies that draw, the draw is replaced by the given outcome `o`.
 """
 
 import dataclasses
@@ -12,69 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from forced import two_point
 from jax import lax
 
 import expectax as ex
 from expectax import dist, vi
-from expectax.ppl import _jax
 
 THETA = np.array([0.3, 1.7])  # t = (a probability, a weight of costs)
-
-
-# --- given outcomes -------------------------------------------------------------------------------------------------
-
-
-class Forced(dist.Distribution):
-    """`base`, but its sampler returns `outcomes[..., which]`: one given outcome for each independent sample."""
-
-    pytree_data_fields = ("base", "outcomes", "which")
-    has_rsample = False
-
-    def __init__(self, base: Any, outcomes: Any):
-        self.base, self.outcomes, self.which = base, outcomes, 0
-        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        return self.base.support
-
-    def sample(self, key: Any, sample_shape: Any = ()) -> Any:
-        return jnp.broadcast_to(self.outcomes[..., self.which], sample_shape + self.shape())
-
-    def log_prob(self, value: Any, intermediates: Any = None) -> Any:
-        return self.base.log_prob(value)
-
-
-class TwoPoint(Forced):
-    r"""A location-scale family whose noise is -1 or 1, each with probability 1/2: $x = \mu + \sigma(2o - 1)$."""
-
-    has_rsample = True
-
-    def sample(self, key: Any, sample_shape: Any = ()) -> Any:
-        return self.base.loc + self.base.scale * (2.0 * super().sample(key, sample_shape) - 1.0)
-
-
-def by_sample(draw_site: Any) -> Any:
-    """Return `draw_site` with `which` set to the number of the sample, where several samples are taken."""
-
-    def draw(site: Any, leaves: Any, key: Any) -> Any:
-        names = site.distribution(list(range(len(leaves))))  # each field is the number of its leaf
-        if isinstance(names, Forced) and (samples := _jax.lane_axes()):
-            leaves = [lax.axis_index(samples[0]) if j == names.which else leaf for j, leaf in enumerate(leaves)]
-        return draw_site(site, leaves, key)
-
-    return draw
-
-
-def choose(strategy: Any) -> Callable[..., Any]:
-    """Return `site(address, distribution, outcome)` with a strategy."""
-    if isinstance(strategy, vi.Enum):
-        return lambda address, d, o: ex.sample(address, d, gradient=strategy)
-    return lambda address, d, o: ex.sample(address, Forced(d, o), gradient=strategy)
-
-
-def two_point(address, loc, scale, o):
-    return ex.sample(address, TwoPoint(dist.Normal(loc, scale), o), gradient=vi.Reparam())
 
 
 # --- the registry ---------------------------------------------------------------------------------------------------
@@ -329,7 +273,7 @@ def scan_in_lanes(t, site, o):
 
 @case((2, 2), two_walks)
 def lanes_in_scan(t, site, o):
-    s, ys = lax.scan(jax.vmap(walk_step(t, site)), jnp.zeros(2), o.T)
+    s, ys = lax.scan(jax.vmap(walk_step(t, site)), jnp.zeros(2), jnp.swapaxes(o, 0, 1))
     a, b = walk_cost(t, ys[:, 0], s[0]), walk_cost(t, ys[:, 1], s[1])
     return a * b - t[1] * b
 
@@ -378,15 +322,17 @@ def then_enum(t, site, o):
     return 3.0 * b + jnp.where(c == 1, jnp.exp(t[1] + b), t[0]) + 5.0 * c
 
 
-@case((2,), lambda t, o: (bern(after_flip(t, np.arange(2)), o), sum(bern(t[0], b) * jnp.exp(b + t[1] * o[b]) for b in (0, 1))))
+@case(
+    (2,),
+    lambda t, o: (bern(after_flip(t, np.arange(2)), o), sum(bern(t[0], b) * jnp.exp(b + t[1] * o[b]) for b in (0, 1))),
+)
 def enum_then(t, site, o):
     b = ex.sample("b", Bernoulli(t[0]), gradient=vi.Enum())
-    return jnp.exp(b + t[1] * site("c", Bernoulli(after_flip(t, b)), o[b]))
+    return jnp.exp(b + t[1] * site("c", Bernoulli(after_flip(t, b)), jnp.asarray(o)[b]))
 
 
 def drift(t, o):
-    x = t[0] + t[1] * (2.0 * o - 1.0)
-    return x
+    return t[0] + t[1] * (2.0 * o - 1.0)
 
 
 @case((1,), lambda t, o: (0.5, jnp.exp(drift(t, o[0])) * t[1]), enum=False)
@@ -394,7 +340,11 @@ def reparam(t, site, o):
     return jnp.exp(two_point("x", t[0], t[1], o[0])) * t[1]
 
 
-@case((2,), lambda t, o: (0.5 * bern(sigmoid(drift(t, o[0])), o[1]), jnp.exp(o[1] - drift(t, o[0])) + t[1] * o[1]), enum=False)
+@case(
+    (2,),
+    lambda t, o: (0.5 * bern(sigmoid(drift(t, o[0])), o[1]), jnp.exp(o[1] - drift(t, o[0])) + t[1] * o[1]),
+    enum=False,
+)
 def reparam_then(t, site, o):
     x = two_point("x", t[0], t[1], o[0])
     b = site("b", Bernoulli(sigmoid(x)), o[1])
