@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from expectax.ppl._program import check_key
@@ -53,8 +54,10 @@ def resample(
         raise ValueError(f"method must be 'systematic', 'stratified' or 'multinomial', got {method!r}.")
     num = log_weights.shape[0] if num is None else num
     weights = normalized_weights(log_weights)
-    cumulated = jnp.cumsum(weights)
+    cumulated = lax.cummax(jnp.cumsum(weights))  # a parallel sum of floats need not be monotone
     levels = _levels(key, num, method, weights.dtype) * cumulated[-1]
-    chosen = jnp.searchsorted(cumulated, levels, side="right")
-    last = jnp.max(jnp.where(weights > 0, jnp.arange(weights.shape[0]), 0))
-    return jnp.minimum(chosen, last)  # a level rounded up to the total falls to the last particle with weight
+    chosen = jnp.minimum(jnp.searchsorted(cumulated, levels, side="right"), weights.shape[0] - 1)
+    # rounding may choose a particle without weight: take the nearest one before it that has some
+    positive = weights > 0
+    usable = lax.cummax(jnp.where(positive, jnp.arange(weights.shape[0]), jnp.argmax(positive)))
+    return usable[chosen]

@@ -41,11 +41,10 @@ def nested(pairs: Iterable[tuple[str, Any]]) -> Choices:
     return tree
 
 
-def check_values(table: Choices, values: Any, what: str, where: str, complete: bool = False) -> Choices:
-    """Return `values` as arrays of the sites' dtypes, or say which address, shape or value does not fit.
-
-    `complete` demands a value for every site. Values may be tracers; what is a number is checked as a number.
-    """
+def check_addresses(
+    table: Choices, values: Any, what: str, where: str, complete: bool = False
+) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """Return sites and values by path; refuse an unknown address and, if `complete`, a missing one."""
     if not isinstance(values, dict):
         raise AddressError(f"{what} at {where}: expected a dict of address to value, got {type(values).__name__}.")
     sites = dict(leaves_of(table))
@@ -60,6 +59,15 @@ def check_values(table: Choices, values: Any, what: str, where: str, complete: b
             + (nearest(missing[0], given) if given else "")
             + (f" Missing: {', '.join(map(repr, missing))}." if len(missing) > 1 else "")
         )
+    return sites, given
+
+
+def check_values(table: Choices, values: Any, what: str, where: str, complete: bool = False) -> Choices:
+    """Return `values` as arrays of the sites' dtypes, or say which address, shape or value does not fit.
+
+    `complete` demands a value for every site. Values may be tracers; what is a number is checked as a number.
+    """
+    sites, given = check_addresses(table, values, what, where, complete)
     return nested((path, check_value(path, sites[path], value, what, where)) for path, value in given.items())
 
 
@@ -71,7 +79,7 @@ def check_value(path: str, entry: Entry, value: Any, what: str, where: str) -> j
             f"{what} at {where}: site {path!r} has shape {entry.shape} but the value has shape {shape} "
             f"(site at {entry.site.where}).{_shape_hint(entry, shape)}"
         )
-    dtype = jnp.result_type(value)
+    dtype = value.dtype if _jax.is_traced(value) else np.asarray(value).dtype
     if jnp.issubdtype(dtype, jnp.complexfloating) or not jnp.issubdtype(dtype, jnp.number) and dtype != jnp.bool_:
         raise SupportError(f"{what} at {where}: site {path!r} takes {entry.dtype} numbers, got {dtype}.")
     known = not _jax.is_traced(value)

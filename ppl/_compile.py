@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,16 @@ import equinox as eqx
 import jax
 import numpy as np
 
-_LIBRARIES = ("jax", "jaxlib", "numpy", "numpyro", "equinox", "optax", "blackjax", "expectax.ppl", "builtins")
+_OWN = ("expectax.ppl", "expectax.vi", "expectax.inference")
+
+
+@functools.cache
+def _library(module: str) -> bool:
+    """Tell whether a module is a library's, whose state a user does not change between calls."""
+    if module.split(".")[0] in sys.stdlib_module_names - {"__main__"} or module.startswith(_OWN):
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return f"{os.sep}site-packages{os.sep}" in file or f"{os.sep}dist-packages{os.sep}" in file
 
 
 class _Identity:
@@ -63,34 +74,53 @@ class Static:
 
 
 def _walk(value: Any, seen: tuple[int, ...], data: bool) -> Any:
+    """Return a hashable picture of a value; `data` marks arrays that are arguments, not state."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type, types.ModuleType)):
         return (type(value), value)
     if isinstance(value, jax.Array):
         return None if data else _Identity(value)
     if isinstance(value, np.ndarray):
         return None if data else (value.shape, str(value.dtype), value.tobytes())
+    if isinstance(value, Static):
+        return value
+    if hasattr(value, "_parts"):  # the fixed arguments of a program
+        return ("fixed", _walk(value.value, seen, data))
     if id(value) in seen:
         return "seen"
     seen = (*seen, id(value))
     if isinstance(value, (list, tuple)):
         return (type(value), *(_walk(v, seen, data) for v in value))
     if isinstance(value, dict):
-        return (dict, *((_Identity(k) if not _plain(k) else k, _walk(v, seen, data)) for k, v in value.items()))
-    if isinstance(value, Static):
-        return value
+        return (dict, *((k if _plain(k) else _Identity(k), _walk(v, seen, data)) for k, v in value.items()))
+    if isinstance(value, (set, frozenset)):
+        return (set, frozenset(_walk(v, seen, data) for v in value))
+    return _walk_callable(value, seen) or _walk_object(value, seen, data)
+
+
+def _walk_callable(value: Any, seen: tuple[int, ...]) -> Any:
     if isinstance(value, types.FunctionType):
         return _walk_function(value, seen)
     if isinstance(value, types.MethodType):
         return (_walk(value.__func__, seen, False), _walk(value.__self__, seen, False))
     if isinstance(value, functools.partial):
         return (_walk(value.func, seen, False), _walk(value.args, seen, False), _walk(value.keywords, seen, False))
-    if isinstance(value, eqx.Module):
-        return (type(value), *(_walk(v, seen, data) for v in vars(value).values()))
-    if isinstance(getattr(value, "function", None), types.FunctionType):  # a model or an objective
-        return (_Identity(value), _walk(value.function, seen, False))
-    if dataclasses.is_dataclass(value) and type(value).__hash__ is not None:
-        return (type(value), *(_walk(getattr(value, f.name), seen, False) for f in dataclasses.fields(value)))
-    return _Identity(value)
+    return None
+
+
+def _walk_object(value: Any, seen: tuple[int, ...], data: bool) -> Any:
+    """Walk the attributes of a pytree, of a frozen value, or of an object of the user's own; others are opaque."""
+    kind = type(value)
+    if isinstance(value, eqx.Module) or (dataclasses.is_dataclass(value) and not jax.tree_util.all_leaves([value])):
+        return (kind, *(_walk(v, seen, data) for v in vars(value).values()))
+    if dataclasses.is_dataclass(value) and kind.__hash__ is not None and kind.__hash__ is not object.__hash__:
+        return (kind, *(_walk(getattr(value, f.name), seen, False) for f in dataclasses.fields(value)))
+    transparent = not _library(kind.__module__) or isinstance(value, types.SimpleNamespace) or hasattr(value, "_state")
+    if not transparent or not hasattr(value, "__dict__"):
+        return _Identity(value)
+    call = getattr(kind, "__call__", None)  # noqa: B004
+    method = _walk_function(call, seen) if isinstance(call, types.FunctionType) else None
+    state = value._state() if hasattr(value, "_state") else vars(value)
+    return (_Identity(value), method, _walk(state, seen, False))
 
 
 def _plain(key: Any) -> bool:
@@ -98,12 +128,17 @@ def _plain(key: Any) -> bool:
 
 
 def _walk_function(function: types.FunctionType, seen: tuple[int, ...]) -> Any:
-    module = function.__module__ or ""
-    if module.startswith(_LIBRARIES):
+    if _library(function.__module__ or ""):
         return _with_cells(function, seen)
     used = sorted(_names(function.__code__))
-    state = tuple((n, _walk(function.__globals__[n], seen, False)) for n in used if n in function.__globals__)
-    return (_with_cells(function, seen), state)
+    state = [(n, _walk(function.__globals__[n], seen, False)) for n in used if n in function.__globals__]
+    modules = [m for n in used if isinstance(m := function.__globals__.get(n), types.ModuleType)]
+    for module in modules:
+        if not _library(module.__name__):
+            state += [
+                (f"{module.__name__}.{n}", _walk(vars(module)[n], seen, False)) for n in used if n in vars(module)
+            ]
+    return (_with_cells(function, seen), tuple(state))
 
 
 def _with_cells(function: types.FunctionType, seen: tuple[int, ...]) -> Any:

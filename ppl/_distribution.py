@@ -11,11 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from numpyro import distributions as dist
-from numpyro.distributions import constraints
-
-from ._errors import DistributionError
 
 
 class Lane(NamedTuple):
@@ -55,7 +51,11 @@ def type_of(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _draw_type(structure: Any, types: Any) -> jax.ShapeDtypeStruct:
     key = jax.eval_shape(lambda: jax.random.key(0))
-    out = jax.eval_shape(lambda k, xs: rebuild(structure, xs).sample(k), key, list(types))
+    try:
+        out = jax.eval_shape(lambda k, xs: rebuild(structure, xs).sample(k), key, list(types))
+    except NotImplementedError:  # an improper distribution: it has a density but no draws
+        d = rebuild(structure, [jnp.zeros(t.shape, t.dtype) for t in types])
+        return jax.ShapeDtypeStruct(d.shape(), jnp.result_type(float))
     return jax.ShapeDtypeStruct(out.shape, out.dtype)
 
 
@@ -139,20 +139,3 @@ def batched(d: dist.Distribution, num_lanes: int, shape: tuple[int, ...]) -> dis
         padded = jnp.expand_dims(value, tuple(range(num_lanes, len(shape) - own)))
         arguments[name] = jnp.broadcast_to(padded, shape + jnp.shape(value)[jnp.ndim(value) - event :])
     return type(d)(**arguments, validate_args=False)
-
-
-# --- checks -----------------------------------------------------------------------------------------------------
-
-
-def check_parameters(address: str, where: str, d: dist.Distribution) -> None:
-    """Refuse parameters that are plainly impossible, where they are known numbers at staging."""
-    for name, constraint in type(d).arg_constraints.items():
-        value = d.__dict__.get(name)
-        if constraint is constraints.dependent or not isinstance(value, (int, float, np.ndarray, np.generic)):
-            continue
-        verdict = constraint(value)
-        if isinstance(verdict, (bool, np.ndarray, np.generic)) and not np.all(verdict):
-            raise DistributionError(
-                f"site {address!r} at {where}: {type(d).__name__}'s {name} = {value!r} is not in its range "
-                f"({constraint}). Give a value in that range, for instance through jnp.exp or jax.nn.softplus."
-            )

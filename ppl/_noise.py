@@ -81,7 +81,7 @@ def _draw(key: jax.Array, plan: Any, lanes: tuple[int, ...], dtype: Any) -> list
     for half, (kind, size, codes) in zip(halves, plan, strict=True):
         cut = slice(start, start + len(codes) * half)
         start = cut.stop
-        both = jnp.concatenate([first[cut].reshape(-1, half), second[cut].reshape(-1, half)], axis=1)
+        both = jnp.concatenate([first[cut].reshape(len(codes), half), second[cut].reshape(len(codes), half)], axis=1)
         bits = both[:, : size * words * math.prod(lanes)]
         arrays.append(_convert(kind, bits, words, dtype).reshape(len(codes), *lanes, size))
     return arrays

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -10,14 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _jax
-from ._choices import Choices, check_values, leaves_of, nested
+from ._choices import Choices, check_addresses, check_values, leaves_of, nested
 from ._errors import SupportError
 from ._evaluate import Entry, evaluate
 from ._program import Program, Staged, Trace, _scalar, check_key, stage
 from ._visitors import Observed, assessing, constraining, generating, recording, unconstraining
 
 
-class Posterior(eqx.Module):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["program", "observations"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Posterior:
     r"""A program conditioned on observations: $\gamma(z) = p(z, y)$, a density over the latents up to $p(y)$.
 
     Made by `program.given(observations)`. Latents are a nested dict of the addresses that are not observed.
@@ -125,8 +129,15 @@ class Posterior(eqx.Module):
         """Nested dict of `jax.ShapeDtypeStruct` of the unconstrained latents."""
         return jax.eval_shape(self.unconstrain, self.latent_shapes)
 
+    def __repr__(self) -> str:
+        """Show the program and the shapes of the observations."""
+        return f"<posterior of {self.program!r} given {eqx.tree_pformat(self.observations)}>"
+
     def _constrained(self, unconstrained: Choices) -> Any:
         staged = self._continuous()
+        check_addresses(
+            self.latents(staged.sites), unconstrained, "unconstrained latents", _jax.caller(), complete=True
+        )
         given = _with_observed(unconstrained, self.observations)
         return evaluate(staged.jaxpr, staged.arguments, constraining, given=given)
 

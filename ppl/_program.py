@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +27,37 @@ class Staged(NamedTuple):
     arguments: list[Any]
     sites: Choices
     returned: Callable[[list[Any]], Any]
+
+
+class Fixed:
+    """The arguments of a program that are no data, made hashable: equal if their parts are."""
+
+    def __init__(self, value: Any):
+        """Keep a pytree without arrays."""
+        self.value = value
+
+    def _parts(self) -> tuple[Any, Any]:
+        leaves, structure = jax.tree.flatten(self.value)
+        return structure, tuple(leaf if _hashable(leaf) else id(leaf) for leaf in leaves)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare structure and parts; what cannot be hashed is compared by identity."""
+        return isinstance(other, Fixed) and self._parts() == other._parts()
+
+    def __hash__(self) -> int:
+        return hash(self._parts())
+
+    def __repr__(self) -> str:
+        """Show the parts."""
+        return repr(self.value)
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 class Trace(eqx.Module):
@@ -53,7 +85,9 @@ class Trace(eqx.Module):
         return self.choices[address]
 
 
-class Program(eqx.Module):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["_arrays"], meta_fields=["model", "_fixed"])
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Program:
     """A model bound to its arguments: a measure over traces.
 
     Made by calling a model. Arrays and Python floats among the arguments are data (new values cost no compilation);
@@ -71,9 +105,25 @@ class Program(eqx.Module):
         (3,)
     """
 
-    model: Model = eqx.field(static=True)
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    model: Model
+    _arrays: Any
+    _fixed: Fixed
+
+    @classmethod
+    def bind(cls, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        """Bind a model; users call the model instead."""
+        arrays, fixed = eqx.partition(as_data((args, kwargs)), eqx.is_array)
+        return cls(model, arrays, Fixed(fixed))
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments."""
+        return eqx.combine(self._arrays, self._fixed.value)[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments."""
+        return eqx.combine(self._arrays, self._fixed.value)[1]
 
     def simulate(self, key: PRNGKeyArray) -> Trace:
         r"""Run the program with random choices.
@@ -153,6 +203,13 @@ class Program(eqx.Module):
         """Return the nested dict of address to site entry (shape, dtype, distribution, place in the file)."""
         return stage(self).sites
 
+    def __repr__(self) -> str:
+        """Show the model and the shapes of its arguments."""
+        shown = [eqx.tree_pformat(a) for a in self.args] + [
+            f"{k}={eqx.tree_pformat(v)}" for k, v in self.kwargs.items()
+        ]
+        return f"<program {getattr(self.model, '__name__', '?')}({', '.join(shown)})>"
+
     def _nest(self, address: str) -> Any:
         return nest(address, functools.partial(self.model.function, *self.args, **self.kwargs))
 
@@ -167,8 +224,11 @@ class Model:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Program:
         """Bind the model to its arguments."""
-        args, kwargs = as_data((args, kwargs))
-        return Program(self, args, kwargs)
+        return Program.bind(self, args, kwargs)
+
+    def _state(self) -> Any:
+        """What a compiled program depends on; see `_compile`."""
+        return self.function
 
     def __repr__(self) -> str:
         """Show the model by its name."""
@@ -210,12 +270,11 @@ def as_data(tree: Any) -> Any:
 
 def stage(program: Program) -> Staged:
     """Trace the program into equations, afresh each time: Python state that it reads may have changed."""
-    dynamic, static = eqx.partition((program.args, program.kwargs), eqx.is_array)
-    arguments, structure = jax.tree.flatten(dynamic)
+    arguments, structure = jax.tree.flatten(program._arrays)
     box: list[Any] = []
 
     def run(*leaves: Any) -> Any:
-        args, kwargs = eqx.combine(jax.tree.unflatten(structure, leaves), static)
+        args, kwargs = eqx.combine(jax.tree.unflatten(structure, leaves), program._fixed.value)
         arrays, rest = eqx.partition(program.model.function(*args, **kwargs), eqx.is_array)
         flat, tree = jax.tree.flatten(arrays)
         box.append((tree, rest))

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from numpyro import distributions as dist
 
 from . import _jax
-from ._distribution import Lane, check_parameters, draw_type, flatten, lane_shape, over, rebuild
+from ._distribution import Lane, draw_type, flatten, lane_shape, over, rebuild
 from ._errors import AddressError, ControlFlowError, DistributionError, OutsideModelError, ShapeError
 from ._nesting import nested_program
 
@@ -74,7 +74,7 @@ def sample(address: str, distribution: Any, *, gradient: Any = None) -> Any:
 
     Raises:
         AddressError: the address is not such a string, or occurs twice.
-        DistributionError: `distribution` is neither of the two, or has impossible parameters.
+        DistributionError: `distribution` is neither of the two, or cannot be drawn from.
         OutsideModelError: there is no enclosing model.
 
     The site contributes $\log p(x; \theta)$ to the trace's log density (Cusumano-Towner et al., PLDI 2019).
@@ -99,7 +99,6 @@ def sample(address: str, distribution: Any, *, gradient: Any = None) -> Any:
             f"{type(distribution).__name__}. Write sample({address!r}, dist.Normal(...)) or "
             f"sample({address!r}, submodel(arguments))."
         )
-    check_parameters(address, where, distribution)
     leaves, structure = flatten(distribution)
     one = draw_type(structure, leaves)
     site = Site(address, structure, (), one.shape, jnp.dtype(one.dtype), gradient, where)

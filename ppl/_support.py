@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,25 +14,30 @@ from . import _jax
 
 
 def whole_space(support: Any) -> bool:
-    """Tell whether a support excludes nothing (so that no check is needed)."""
+    """Tell whether a support excludes nothing, or leaves the check to `log_prob` (`dependent`)."""
     if isinstance(support, constraints.independent):
         return whole_space(support.base_constraint)
-    return isinstance(support, type(constraints.real))
+    return isinstance(support, (type(constraints.real), type(constraints.dependent)))
 
 
-def density_in_support(d: dist.Distribution, value: Any, log_prob: Any) -> Any:
-    """Return `log_prob(value)`, with minus infinity outside the support and a gradient without nan there."""
+def density_in_support(d: dist.Distribution, value: Any, terms: Callable[[dist.Distribution, Any], Any]) -> Any:
+    """Return `terms(d, value)`, with minus infinity outside the support and a gradient without nan there.
+
+    A masked entry counts nothing, whatever its value.
+    """
+    if isinstance(d, dist.MaskedDistribution):
+        return jnp.where(d._mask, density_in_support(d.base_dist, value, terms), 0.0)
     support = d.support
     if support is None or whole_space(support):
-        return log_prob(value)
+        return terms(d, value)
     inside = support(value)
     event = support.event_dim
     mask = jnp.reshape(inside, jnp.shape(inside) + (1,) * event)
     safe = jnp.where(mask, value, jnp.asarray(support.feasible_like(value), jnp.result_type(value)))
-    terms = log_prob(safe)
-    while jnp.ndim(inside) > jnp.ndim(terms):
+    found = terms(d, safe)
+    while jnp.ndim(inside) > jnp.ndim(found):
         inside = jnp.all(inside, axis=-1)
-    return jnp.where(inside, terms, -jnp.inf)
+    return jnp.where(inside, found, -jnp.inf)
 
 
 def transform_of(d: dist.Distribution) -> Any:

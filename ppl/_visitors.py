@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from ._draw import draw
+from ._errors import DistributionError, ShapeError
 from ._evaluate import Visit
 from ._noise import Noise
 from ._pathwise import transform
@@ -18,7 +20,14 @@ from ._support import density_in_support, jacobian, transform_of
 def draw_site(site: Site, leaves: Any, source: Any) -> Array:
     """Draw the value of a site, all lanes at once, from pooled noise or a key."""
     if not isinstance(source, Noise):
-        return draw(source, site.structure, site.lanes, leaves)
+        try:
+            return draw(source, site.structure, site.lanes, leaves)
+        except NotImplementedError as error:
+            name = type(site.distribution(leaves)).__name__
+            raise DistributionError(
+                f"site {site.address!r} at {site.where}: {name} cannot be drawn from. Give its value, or use a "
+                "method that only needs its density (mcmc, or a guide)."
+            ) from error
 
     def one(noise: Any, leaves: Any) -> Array:
         return transform(site.distribution(leaves), noise, site.dtype)
@@ -30,8 +39,7 @@ def scored(site: Site, leaves: Any, value: Any) -> Array:
     """Return the log density of a value from outside: minus infinity where it is not in the support."""
 
     def one(value: Any, leaves: Any) -> Array:
-        d = site.distribution(leaves)
-        return density_in_support(d, value, lambda x: site.terms(d, x)).sum()
+        return jnp.sum(density_in_support(site.distribution(leaves), value, site.terms))
 
     return lanes_of(site, one, value, leaves=leaves)
 
@@ -79,6 +87,11 @@ def constraining(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
 
     def one(unconstrained: Any, leaves: Any) -> Any:
         transform = transform_of(site.distribution(leaves))
+        if jnp.shape(unconstrained) != transform.inverse_shape(site.shape):
+            raise ShapeError(
+                f"constrain: site {site.address!r} at {site.where} has the unconstrained shape "
+                f"{transform.inverse_shape(site.shape)}, got {jnp.shape(unconstrained)} (without lanes and time)."
+            )
         value = transform(unconstrained)
         return value, jacobian(transform, unconstrained, value)
 

@@ -30,8 +30,16 @@ class Score(NamedTuple):
     strategy: Reinforce
 
 
+class Samples(NamedTuple):
+    """The vmap axis of independent samples, and the enclosing branches of `Enum`: `(vmap axis, probability)`."""
+
+    axis: Any
+    size: int
+    branches: tuple[tuple[Any, Any], ...] = ()
+
+
 def boxed_sum(
-    jaxpr: Any, env: _jax.Environment, depends: dict[Any, Dependence], scores: dict[int, Score], samples_axis: Any
+    jaxpr: Any, env: _jax.Environment, depends: dict[Any, Dependence], scores: dict[int, Score], samples: Samples | None
 ) -> Any:
     """Return the jaxpr's scalar result with every additive term boxed."""
     (result,) = jaxpr.outvars
@@ -47,7 +55,7 @@ def boxed_sum(
         if atom not in done:
             parts = _linear_parts(producers.get(atom), depends)
             if parts is None:
-                done[atom] = _boxed(env.read(atom), dependence, scores, samples_axis)
+                done[atom] = _boxed(env.read(atom), dependence, scores, samples)
             else:
                 eqn = producers[atom]
                 inputs = [term(v) if n in parts else env.read(v) for n, v in enumerate(eqn.invars)]
@@ -74,10 +82,10 @@ def _linear_parts(eqn: Any, depends: dict[Any, Dependence]) -> set[int] | None:
     return None
 
 
-def _boxed(value: Any, dependence: Dependence, scores: dict[int, Score], samples_axis: Any) -> Any:
+def _boxed(value: Any, dependence: Dependence, scores: dict[int, Score], samples: Samples | None) -> Any:
     total = sum((_along(scores[number], axes, jnp.ndim(value)) for number, axes in dependence.items()), 0.0)
     box = jnp.exp(total - sg(total))
-    baseline = _baseline(value, [scores[number].strategy for number in dependence], samples_axis)
+    baseline = _baseline(value, [scores[number].strategy for number in dependence], samples)
     return value * box if baseline is None else value * box + sg(baseline) * (1.0 - box)
 
 
@@ -86,6 +94,8 @@ def _along(score: Score, axes: Axes, ndim: int) -> Any:
     tau = score.log_density
     if score.time and axes[0] is not None:
         tau = lax.cumsum(tau, 0, reverse=score.time == "reverse")
+    # two score axes on one axis of the value (of size 1, joined by a reshape): the second is mixed
+    axes = tuple(None if axis in axes[:n] else axis for n, axis in enumerate(axes))
     tau = jnp.sum(tau, axis=tuple(n for n, axis in enumerate(axes) if axis is None))
     kept = [axis for axis in axes if axis is not None]
     order = sorted(range(len(kept)), key=lambda n: kept[n])
@@ -93,12 +103,18 @@ def _along(score: Score, axes: Axes, ndim: int) -> Any:
     return jnp.expand_dims(tau, tuple(a for a in range(ndim) if a not in kept))
 
 
-def _baseline(value: Any, strategies: list[Reinforce], samples_axis: Any) -> Any:
-    """Return what to subtract from the cost: the mean over the other samples, a number, or nothing."""
+def _baseline(value: Any, strategies: list[Reinforce], samples: Samples | None) -> Any:
+    """Return what to subtract from the cost: the mean over the other samples, a number, or nothing.
+
+    Under `Enum` the cost differs between branches whose probabilities depend on earlier choices; the baseline must
+    not, so the cost is first averaged over the branches.
+    """
     numbers = [s.baseline for s in strategies if isinstance(s.baseline, (int, float))]
     if numbers:
         return jnp.full_like(value, math.fsum(numbers) / len(numbers))
-    if samples_axis is None or not any(s.baseline == "leave-one-out" for s in strategies):
+    if samples is None or not any(s.baseline == "leave-one-out" for s in strategies):
         return None
-    name, size = samples_axis
-    return (lax.psum(value, name) - value) / (size - 1)
+    mean = value
+    for name, probability in reversed(samples.branches):
+        mean = lax.psum(jnp.where(probability > 0, probability * mean, 0.0), name)
+    return (lax.psum(mean, samples.axis) - mean) / (samples.size - 1)

@@ -50,6 +50,7 @@ def flow(eqn: Any, inputs: list[Dependence]) -> list[Dependence]:
     if not any(inputs):
         return [{} for _ in eqn.outvars]
     inner = _jax.custom_jaxpr(eqn)
+    inner = _jax.called_jaxpr(eqn) if inner is None else inner
     if inner is not None:
         return _through(inner, inputs)
     return [_flow_to(eqn, var.aval.shape, inputs) for var in eqn.outvars]
@@ -97,6 +98,10 @@ def _mover(eqn: Any, number: int, out: tuple[int, ...]) -> Callable[[int], int |
         return _reshaped(shape, out)
     if name == "concatenate":
         return lambda a: None if a == params["dimension"] else a
+    if name == "stack":
+        return lambda a: a + (a >= params["axis"])
+    if name == "gather":
+        return _gathered(params["dimension_numbers"], number, len(eqn.invars[1].aval.shape), len(out))
     if name == "dot_general":
         return _contracted(params["dimension_numbers"], number, len(shape), len(eqn.invars[0].aval.shape))
     return _nowhere
@@ -122,6 +127,15 @@ def _product(sizes: Any) -> int:
     for size in sizes:
         result *= size
     return result
+
+
+def _gathered(numbers: Any, number: int, index_ndim: int, out_ndim: int) -> Callable[[int], int | None]:
+    """An axis of the indices, or an operand's axis batched with it, becomes one of the result's batch axes."""
+    batch = [a for a in range(out_ndim) if a not in numbers.offset_dims]
+    if number == 1:
+        return lambda a: batch[a] if a < index_ndim - 1 else None
+    with_index = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
+    return lambda a: batch[with_index[a]] if a in with_index else None
 
 
 def _contracted(numbers: Any, number: int, ndim: int, left_ndim: int) -> Callable[[int], int | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,11 +16,14 @@ from expectax.ppl import Posterior, Program, ShapeError, _jax
 from expectax.ppl._compile import compiled
 from expectax.ppl._program import as_data, check_key
 
+from ._boxes import Samples
 from ._flat import flatten
 from ._surrogate import Check, surrogate
 
 
-class Objective(eqx.Module):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["captured"], meta_fields=["function"])
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Objective:
     r"""A scalar program $f(\theta)$ whose expectation over its random choices is to be maximised.
 
     Made by `vi.objective`, or by a shipped objective such as `vi.elbo`.
@@ -28,7 +33,7 @@ class Objective(eqx.Module):
         captured: data that the objective carries (posteriors, guides), so that new data costs no compilation.
     """
 
-    function: Callable[..., Any] = eqx.field(static=True)
+    function: Callable[..., Any]
     captured: tuple[Any, ...] = ()
 
     def __call__(self, params: Any) -> Any:
@@ -65,7 +70,7 @@ class Objective(eqx.Module):
             return surrogate(jaxpr, leaves, key)
 
         def one(name: Any, key: Any) -> Any:
-            return surrogate(jaxpr, leaves, key, (name, num_samples))
+            return surrogate(jaxpr, leaves, key, Samples(name, num_samples))
 
         return jnp.mean(_jax.over_lanes(one, num_samples, mean_axis=True)(key))
 

@@ -8,6 +8,7 @@ $\sum_i p(x_i;\theta)\, k(x_i)$, with $k$ run under one vmap (ADEV, Lew et al. 2
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from expectax.ppl._sample import Site, lanes_of, sample_p
 from expectax.ppl._sources import sources
 from expectax.ppl._visitors import draw_site
 
-from ._boxes import Score, boxed_sum
+from ._boxes import Samples, Score, boxed_sum
 from ._credit import Dependence, flow, lane_mover, merge, mixed, moved, of
 from ._strategy import Enum, Reinforce, joint_support
 
@@ -39,27 +40,33 @@ class State(NamedTuple):
     env: _jax.Environment
     depends: dict[Any, Dependence]
     scores: dict[int, Score]
+    samples: Samples | None
 
-    def copy(self) -> State:
-        """Return a copy that a continuation may change."""
-        return State(_jax.Environment(self.env), dict(self.depends), dict(self.scores))
+    def branch(self, axis: Any, probability: Any) -> State:
+        """Return a copy that a continuation may change, one branch of an enumeration."""
+        samples = self.samples
+        if samples is not None:
+            samples = samples._replace(branches=(*samples.branches, (axis, probability)))
+        return State(_jax.Environment(self.env), dict(self.depends), dict(self.scores), samples)
 
 
-def surrogate(jaxpr: Any, args: Any, key: Any, samples_axis: Any = None, checks: list[Check] | None = None) -> Any:
+def surrogate(
+    jaxpr: Any, args: Any, key: Any, samples: Samples | None = None, checks: list[Check] | None = None
+) -> Any:
     """Return the surrogate of a flat objective.
 
     Args:
         jaxpr: closed, made by `flatten`; its one output is a scalar.
         args: its arguments.
         key: a typed key.
-        samples_axis: `(name, size)` of the vmap axis of independent samples, for leave-one-out baselines.
+        samples: the vmap axis of independent samples, for leave-one-out baselines.
         checks: a list to fill with one `Check` per site, for diagnosis.
     """
     opened = jaxpr.jaxpr
     found = sources(opened.eqns, key, _sampled)
     of_equation = {i: next(found) for i, eqn in enumerate(opened.eqns) if _draws(eqn)}
-    walk = _Walk(opened, of_equation, samples_axis, checks)
-    return walk.run(0, State(_jax.Environment.of(jaxpr, args), {}, {}))
+    walk = _Walk(opened, of_equation, checks)
+    return walk.run(0, State(_jax.Environment.of(jaxpr, args), {}, {}, samples))
 
 
 def _draws(eqn: Any) -> bool:
@@ -73,8 +80,8 @@ def _sampled(site: Site) -> bool:
 class _Walk:
     """The walk over one flat jaxpr; `run(i, state)` is the rest of the program from equation `i`."""
 
-    def __init__(self, jaxpr: Any, sources: dict[int, Any], samples_axis: Any, checks: list[Check] | None):
-        self.jaxpr, self.sources, self.samples_axis, self.checks = jaxpr, sources, samples_axis, checks
+    def __init__(self, jaxpr: Any, sources: dict[int, Any], checks: list[Check] | None):
+        self.jaxpr, self.sources, self.checks = jaxpr, sources, checks
 
     def run(self, start: int, state: State) -> Any:
         for i in range(start, len(self.jaxpr.eqns)):
@@ -93,7 +100,7 @@ class _Walk:
                 self._check(_jax.tagged(eqn), *outputs)
             state.env.update(zip(eqn.outvars, outputs, strict=True))
             state.depends.update((v, d) for v, d in zip(eqn.outvars, depends, strict=True) if d)
-        return boxed_sum(self.jaxpr, state.env, state.depends, state.scores, self.samples_axis)
+        return boxed_sum(self.jaxpr, state.env, state.depends, state.scores, state.samples)
 
     def _check(self, address: str | None, *values: Any) -> None:
         if self.checks is not None and address is not None:
@@ -116,16 +123,20 @@ class _Walk:
         log_probs = jax.vmap(lambda x: jnp.sum(site.log_density(x, leaves)))(values)
         depends = mixed(_at_site(i, site, leaves, inputs, scored=False))
 
-        def rest(value: Any) -> Any:
-            inner = state.copy()
+        possible = log_probs > jnp.log(jnp.finfo(log_probs.dtype).tiny) + 1.0
+        probs = jnp.where(possible, jnp.exp(jnp.where(possible, log_probs, 0.0)), 0.0)
+        # an impossible value is replaced by a possible one, whose cost and derivatives are finite
+        tried = jnp.where(_like(possible, values), values, values[jnp.argmax(log_probs)])
+        axis = _Branch(i)
+
+        def rest(value: Any, probability: Any) -> Any:
+            inner = state.branch(axis, sg(probability))
             inner.env[self.jaxpr.eqns[i].outvars[0]] = value
             if depends:
                 inner.depends[self.jaxpr.eqns[i].outvars[0]] = depends
             return self.run(i + 1, inner)
 
-        possible = log_probs > jnp.log(jnp.finfo(log_probs.dtype).tiny) + 1.0
-        costs = jax.vmap(rest)(values)
-        return jnp.sum(jnp.where(possible, jnp.exp(log_probs) * jnp.where(possible, costs, 0.0), 0.0))
+        return jnp.sum(probs * jax.vmap(rest, axis_name=axis)(tried, probs))
 
     def _scan(self, i: int, eqn: Any, values: list[Any], inputs: list[Dependence], state: State) -> Any:
         """Run a scan with sites; its scores get a leading time axis, and step t owes to the steps up to t."""
@@ -158,6 +169,17 @@ class _Walk:
         to_carry = outer | {number: (None,) * ndim for number, ndim in own.items()}
         to_ys = outer | {number: (0, *(None,) * (ndim - 1)) for number, ndim in own.items()}
         return [*carry, *ys], [to_carry] * num_carry + [to_ys] * len(ys)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Branch:
+    """The name of the vmap axis of an enumeration."""
+
+    equation: int
+
+
+def _like(flags: Any, values: Any) -> Any:
+    return flags.reshape(flags.shape + (1,) * (values.ndim - 1))
 
 
 def element_scores(site: Site, value: Any, leaves: Any) -> Any:

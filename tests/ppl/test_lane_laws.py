@@ -180,3 +180,12 @@ def test_lanes(name):
 def test_the_table_covers_every_class_with_a_rule():
     """Base noise is given only to classes of the table above."""
     assert set(_pathwise._RULES) <= set(_distribution._PARAMETERS)
+
+
+@pytest.mark.xfail(strict=True, reason="the support is checked before the mask")
+def test_a_masked_entry_is_not_scored():
+    """A masked entry has density 1, whatever stands there: numpyro's meaning, and what missing data needs."""
+    d = dist.Exponential(jnp.ones(3)).mask(np.array([True, False, True]))
+    x = jnp.array([0.5, -1.0, 2.0])
+    density, _ = jax.jit(lambda x: ppl.model(lambda: ppl.sample("x", d))().assess({"x": x}))(x)
+    np.testing.assert_allclose(density, -2.5, rtol=1e-10)

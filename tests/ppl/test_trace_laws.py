@@ -14,6 +14,7 @@ import pytest
 from jax import lax
 
 from exact_models import EXACT, Exact
+from expectax import dist, ppl
 from helpers import enumerate_choices, gaussian_log_integral, two_stage_z
 
 KEY = jax.random.key(20260801)
@@ -277,3 +278,26 @@ def test_no_key_is_used_twice(name):
     case = EXACT[name]
     with jax.debug_key_reuse(True):
         jax.jit(lambda key: case.model(case.one(0)[0]).simulate(key).choices)(jax.random.key(1))
+
+
+# --- programs under transformations ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.xfail(strict=True, reason="bound programs do not hash: their arguments are arrays and a dict")
+def test_methods_can_be_jitted():
+    case = EXACT["conjugate"]
+    x, y = case.one(0)
+    jax.jit(case.posterior(x, y).generate)(KEY)
+    jax.jit(case.model(x).simulate)(KEY)
+
+
+@pytest.mark.xfail(strict=True, reason="integers among a program's arguments become arrays on the way out")
+@pytest.mark.parametrize(
+    "transform", [jax.jit, lambda f: lambda key: jax.tree.map(lambda a: a[0], jax.vmap(f)(key[None]))]
+)
+def test_a_trace_keeps_the_fixed_arguments_of_its_program(transform):
+    """An integer argument is a fixed part of the program: the program of a trace can be run again."""
+    vector = ppl.model(lambda n: ppl.sample("x", dist.Normal(jnp.zeros(n), 1.0)))
+    trace = transform(lambda key: vector(3).simulate(key))(KEY)
+    assert trace.args == (3,)
+    close(trace.program.assess(trace.choices)[0], trace.log_density)
