@@ -119,7 +119,7 @@ def _walk_object(value: Any, seen: tuple[int, ...], data: bool) -> Any:
         return _Identity(value)
     call = getattr(kind, "__call__", None)  # noqa: B004
     method = _walk_function(call, seen) if isinstance(call, types.FunctionType) else None
-    state = value._state() if hasattr(value, "_state") else vars(value)
+    state = getattr(value, "_state", lambda: vars(value))()
     return (_Identity(value), method, _walk(state, seen, False))
 
 

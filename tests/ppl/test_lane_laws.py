@@ -182,7 +182,6 @@ def test_the_table_covers_every_class_with_a_rule():
     assert set(_pathwise._RULES) <= set(_distribution._PARAMETERS)
 
 
-@pytest.mark.xfail(strict=True, reason="the support is checked before the mask")
 def test_a_masked_entry_is_not_scored():
     """A masked entry has density 1, whatever stands there: numpyro's meaning, and what missing data needs."""
     d = dist.Exponential(jnp.ones(3)).mask(np.array([True, False, True]))

@@ -33,8 +33,21 @@ def s(*shape: int) -> np.ndarray:
     return 1e-3 * (1 + np.arange(math.prod(shape)).reshape(shape) / 10)
 
 
+FAMILIES = {  # how lanes are drawn: (distribution of a centre and a scale, scipy's)
+    "base noise": (dist.Normal, stats.norm),
+    "one draw": (lambda centre, scale: dist.AsymmetricLaplace(centre, scale, 1.0), stats.laplace),
+    "a key per lane": (
+        lambda centre, scale: dist.TransformedDistribution(
+            dist.Normal(0.0, 1.0), dist.transforms.AffineTransform(centre, scale)
+        ),
+        stats.norm,
+    ),
+}
+FAMILY = "base noise"
+
+
 def x(centre: Any, scale: Any = 1e-3, address: str = "x") -> Any:
-    return ppl.sample(address, dist.Normal(centre, scale))
+    return ppl.sample(address, FAMILIES[FAMILY][0](centre, scale))
 
 
 PROGRAMS: dict[str, tuple[Any, Any]] = {}
@@ -46,11 +59,19 @@ def lanes(name: str, centre: Any, scale: Any = 1e-3, path: str = "x") -> Any:
 
 
 def several(name: str, sites: Any) -> Any:
+    """Register a program with many sites; a centre may be a function of the choices before."""
+
     def register(function: Any) -> Any:
-        PROGRAMS[name] = (function, {path: np.broadcast_arrays(*pair) for path, pair in sites.items()})
+        PROGRAMS[name] = (function, sites)
         return function
 
     return register
+
+
+def expected_sites(sites: Any, choices: Any) -> Any:
+    """Yield `(path, centre, scale)`, the arrays in the shape of the site, perhaps with leading axes."""
+    for path, (centre, scale) in sites.items():
+        yield path, *np.broadcast_arrays(centre(choices) if callable(centre) else centre, scale)
 
 
 def over_time(step: Any, xs: Any, **kwargs: Any) -> Any:
@@ -108,6 +129,18 @@ lanes("three levels of the same size", m(3, 3, 3).transpose(2, 0, 1), s(3)[:, No
 )
 lanes("three levels, the middle one unmapped", np.broadcast_to(m(3, 2)[:, None], (3, 4, 2)))(
     lambda: jax.vmap(jax.vmap(jax.vmap(x), in_axes=None, axis_size=4))(m(3, 2))
+)
+
+several(
+    "a centre that is drawn",
+    {"x": (m(3), s(3)), "y": (lambda c: c["x"][..., None] + m(2), s(2)), "z": (lambda c: c["y"].sum(-1), 1e-3)},
+)(
+    lambda: jax.vmap(
+        lambda a, b: x(
+            jax.vmap(lambda drawn, c, d: x(drawn + c, d, "y"), in_axes=(None, 0, 0))(x(a, b), m(2), s(2)).sum(),
+            address="z",
+        )
+    )(m(3), s(3))
 )
 
 # --- lanes and time ----------------------------------------------------------------------------------------------------
@@ -192,32 +225,45 @@ RUNS = {
         jax.jit(lambda keys: over_time(_jax.over_lanes(f, 3), keys))(KEYS)
     ),
 }
+WRAPPED = "over_lanes in vmap over keys"
 SOME = ["axis 1", "nothing mapped", "two levels, a parameter each", "vmap in scan in vmap", "vmap in jit in vmap"]
-CASES = [(name, run) for name in PROGRAMS for i, run in enumerate(RUNS) if i < 2 or name in SOME]
+MIXED = [  # lanes of several levels, or of one parameter only: what the fused draw must align
+    "out of order",
+    "shared centres, as many as lanes",
+    "scalar lanes, batch from the other",
+    "two levels, axes 2 and 1",
+    "two levels, a parameter each",
+    "two levels, inner shares what outer maps",
+    "three levels, axes 1, -1, 0",
+    "three levels, the middle one unmapped",
+    "three levels of the same size",
+    "vmap in scan in vmap",
+    "a centre that is drawn",
+]
+CASES = [("base noise", name, run) for name in PROGRAMS for i, run in enumerate(RUNS) if i < 2 or name in SOME]
+CASES += [(family, name, WRAPPED) for family in ("one draw", "a key per lane") for name in MIXED]
 
 
-@pytest.mark.parametrize(("name", "run"), CASES)
-def test_lanes(name, run):
+@pytest.mark.parametrize(("family", "name", "run"), CASES)
+def test_lanes(monkeypatch, family, name, run):
+    monkeypatch.setitem(globals(), "FAMILY", family)
     function, sites = PROGRAMS[name]
     program = ppl.model(function)()
-    assert {path: e.shape for path, e in leaves_of(program.sites())} == {
-        path: c.shape for path, (c, _) in sites.items()
-    }
 
     def simulate(key: Any) -> Any:
         trace = program.simulate(key)
         return dict(leaves_of(trace.choices)), trace.log_density, program.assess(trace.choices)[0]
 
-    choices, log_density, assessed = RUNS[run](simulate)
-    runs = len(log_density)
-    residuals, expected = [], np.zeros(runs)
-    for path, (centre, scale) in sites.items():
-        value = np.asarray(choices[path])
-        assert value.shape == (runs, *centre.shape)
-        residual = (value - centre) / scale
-        assert np.abs(residual).max() < 8, "a draw follows another lane's parameters"
+    choices, log_density, assessed = jax.tree.map(np.asarray, RUNS[run](simulate))
+    shapes = {path: entry.shape for path, entry in leaves_of(program.sites())}
+    runs, residuals, expected = len(log_density), [], np.zeros(len(log_density))
+    assert shapes.keys() == sites.keys()
+    for path, centre, scale in expected_sites(sites, choices):
+        assert choices[path].shape == (runs, *shapes[path]) and shapes[path] == centre.shape[-len(shapes[path]) :]
+        residual = (choices[path] - centre) / scale
+        assert np.abs(residual).max() < 40, "a draw follows another lane's parameters"
         residuals.append(residual.ravel())
-        expected += stats.norm.logpdf(value, centre, scale).reshape(runs, -1).sum(1)
+        expected += FAMILIES[family][1].logpdf(choices[path], centre, scale).reshape(runs, -1).sum(1)
     np.testing.assert_allclose(log_density, expected, rtol=1e-10)
     np.testing.assert_allclose(assessed, expected, rtol=1e-10)
     noise = np.sort(np.concatenate(residuals))

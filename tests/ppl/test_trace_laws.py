@@ -283,7 +283,6 @@ def test_no_key_is_used_twice(name):
 # --- programs under transformations ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="bound programs do not hash: their arguments are arrays and a dict")
 def test_methods_can_be_jitted():
     case = EXACT["conjugate"]
     x, y = case.one(0)
@@ -291,7 +290,6 @@ def test_methods_can_be_jitted():
     jax.jit(case.model(x).simulate)(KEY)
 
 
-@pytest.mark.xfail(strict=True, reason="integers among a program's arguments become arrays on the way out")
 @pytest.mark.parametrize(
     "transform", [jax.jit, lambda f: lambda key: jax.tree.map(lambda a: a[0], jax.vmap(f)(key[None]))]
 )

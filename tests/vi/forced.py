@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import expectax as ex
@@ -32,13 +33,20 @@ class Forced(dist.Distribution):
         return self.base.log_prob(value)
 
 
-class TwoPoint(Forced):
-    r"""A location-scale family whose noise is -1 or 1, each with probability 1/2: $x = \mu + \sigma(2o - 1)$."""
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(4)
+WEIGHTS = WEIGHTS / WEIGHTS.sum()
+
+
+class Nodes(Forced):
+    r"""A normal at $x = \mu + \sigma\epsilon_o$, with $\epsilon_o$ a node of Gauss-Hermite quadrature.
+
+    Weighted sums over the nodes are exact expectations of polynomials up to degree 7.
+    """
 
     has_rsample = True
 
     def sample(self, key: Any, sample_shape: Any = ()) -> Any:
-        return self.base.loc + self.base.scale * (2.0 * super().sample(key, sample_shape) - 1.0)
+        return self.base.loc + self.base.scale * jnp.take(NODES, super().sample(key, sample_shape))
 
 
 def by_sample(draw_site: Any) -> Any:
@@ -55,10 +63,13 @@ def by_sample(draw_site: Any) -> Any:
 
 def choose(strategy: Any) -> Callable[..., Any]:
     """Return `site(address, distribution, outcome)` with a strategy."""
-    if isinstance(strategy, vi.Enum):
-        return lambda address, d, o: ex.sample(address, d, gradient=strategy)
-    return lambda address, d, o: ex.sample(address, Forced(d, o), gradient=strategy)
+
+    def site(address: str, d: Any, o: Any) -> Any:
+        if isinstance(strategy, vi.Enum):
+            return ex.sample(address, d, gradient=strategy)
+        return ex.sample(address, Nodes(d, o) if isinstance(d, dist.Normal) else Forced(d, o), gradient=strategy)
+
+    return site
 
 
-def two_point(address, loc, scale, o):
-    return ex.sample(address, TwoPoint(dist.Normal(loc, scale), o), gradient=vi.Reparam())
+pathwise = choose(vi.Reparam())

@@ -6,13 +6,14 @@ so that one program serves every strategy; for strategies that draw, the draw is
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from forced import two_point
+from forced import NODES, WEIGHTS, pathwise
 from jax import lax
 
 import expectax as ex
@@ -26,13 +27,13 @@ THETA = np.array([0.3, 1.7])  # t = (a probability, a weight of costs)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`program(theta, site, o)`, `reference(theta, o) -> (density, cost)`; `o` takes 0..values-1 in each entry."""
+    """`program(theta, site, o)`, `reference(theta, o) -> (density, cost)`; each entry of `o` takes 0..values-1."""
 
     name: str
     shape: tuple[int, ...]
     reference: Callable[..., Any]
     program: Callable[..., Any]
-    values: int = 2
+    values: Any = 2
     enum: bool = True
 
 
@@ -278,7 +279,7 @@ def lanes_in_scan(t, site, o):
     return a * b - t[1] * b
 
 
-@case((2, 2), two_walks)
+@case((2, 2), two_walks, enum=False)
 def scan_in_map(t, site, o):
     a, b = lax.map(lambda o: walk_cost(t, *lax.scan(walk_step(t, site), 0.0, o)[::-1]), o)
     return a * b - t[1] * b
@@ -289,7 +290,7 @@ def followed(t, o):
     return density * bern(sigmoid(ys * t[0]), o[1]), jnp.sum(t[1] * o[1] * ys) + jnp.sum(SHIFT[:2] * o[1]) + s
 
 
-@case((2, 2), followed)
+@case((2, 2), followed, enum=False)
 def scan_feeds_lanes(t, site, o):
     s, ys = lax.scan(walk_step(t, site), 0.0, o[0])
     z = jax.vmap(lambda y, o: site("z", Bernoulli(sigmoid(y * t[0])), o))(ys, o[1])
@@ -311,56 +312,103 @@ def after_flip(t, b):
 
 
 def summed_after(t, b):
-    p = after_flip(t, b)
-    return 3.0 * b + p * jnp.exp(t[1] + b) + (1.0 - p) * t[0] + 5.0 * p
+    """Sum over c ~ Bern(after_flip(b)) and d ~ Bern(sigmoid(w c - b))."""
+    total = 3.0 * b
+    for c, d in itertools.product((0, 1), (0, 1)):
+        total += bern(after_flip(t, b), c) * bern(sigmoid(t[1] * c - b), d) * (jnp.exp(t[0] + b) * c + 5.0 * d)
+    return total
 
 
 @case((1,), lambda t, o: (bern(t[0], o[0]), summed_after(t, o[0])))
 def then_enum(t, site, o):
     b = site("b", Bernoulli(t[0]), o[0])
     c = ex.sample("c", Bernoulli(after_flip(t, b)), gradient=vi.Enum())
-    return 3.0 * b + jnp.where(c == 1, jnp.exp(t[1] + b), t[0]) + 5.0 * c
+    d = ex.sample("d", Bernoulli(sigmoid(t[1] * c - b)), gradient=vi.Enum())
+    return 3.0 * b + jnp.exp(t[0] + b) * c + 5.0 * d
 
 
-@case(
-    (2,),
-    lambda t, o: (bern(after_flip(t, np.arange(2)), o), sum(bern(t[0], b) * jnp.exp(b + t[1] * o[b]) for b in (0, 1))),
-)
+def enum_then_reference(t, o):
+    """The site in the middle is drawn once for each b, as o[b]."""
+    total = 0.0
+    for b, d in itertools.product((0, 1), (0, 1)):
+        total += bern(t[0], b) * bern(sigmoid(o[b] - t[0]), d) * (jnp.exp(b + t[1] * o[b]) * d + b * d)
+    return bern(after_flip(t, np.arange(2)), o), total
+
+
+@case((2,), enum_then_reference)
 def enum_then(t, site, o):
     b = ex.sample("b", Bernoulli(t[0]), gradient=vi.Enum())
-    return jnp.exp(b + t[1] * site("c", Bernoulli(after_flip(t, b)), jnp.asarray(o)[b]))
+    c = site("c", Bernoulli(after_flip(t, b)), jnp.asarray(o)[b])
+    d = ex.sample("d", Bernoulli(sigmoid(c - t[0])), gradient=vi.Enum())
+    return jnp.exp(b + t[1] * c) * d + b * d
 
 
-def drift(t, o):
-    return t[0] + t[1] * (2.0 * o - 1.0)
+# --- normal sites: `o` numbers the nodes of a quadrature, exact for the polynomials below -----------------------------
+
+Normal = dist.Normal
 
 
-@case((1,), lambda t, o: (0.5, jnp.exp(drift(t, o[0])) * t[1]), enum=False)
+def weight(o):
+    return jnp.prod(jnp.take(WEIGHTS, o))
+
+
+def at(loc, scale, o):
+    return loc + scale * jnp.take(NODES, o)
+
+
+@case((2,), lambda t, o: (weight(o), jnp.sum(at(t[0], t[1], o)) ** 2), values=4, enum=False)
+def normal_lanes(t, site, o):
+    return jnp.sum(jax.vmap(lambda o: site("x", Normal(t[0], t[1]), o))(o)) ** 2
+
+
+def ar_reference(t, o):
+    first = at(t[0], t[1], o[0])
+    second = at(t[0] * first, t[1], o[1])
+    return weight(o), t[1] * first + second**2
+
+
+@case((2,), ar_reference, values=4, enum=False)
+def normal_scan(t, site, o):
+    def step(s, o):
+        s = site("x", Normal(t[0] * s, t[1]), o)
+        return s, s
+
+    first, second = lax.scan(step, 1.0, o)[1]
+    return t[1] * first + second**2
+
+
+@case((1,), lambda t, o: (weight(o), jnp.exp(at(t[0], t[1], o[0])) * t[1]), values=4, enum=False)
 def reparam(t, site, o):
-    return jnp.exp(two_point("x", t[0], t[1], o[0])) * t[1]
+    return jnp.exp(pathwise("x", Normal(t[0], t[1]), o[0])) * t[1]
 
 
-@case(
-    (2,),
-    lambda t, o: (0.5 * bern(sigmoid(drift(t, o[0])), o[1]), jnp.exp(o[1] - drift(t, o[0])) + t[1] * o[1]),
-    enum=False,
-)
+def reparam_then_reference(t, o):
+    x = at(t[0], t[1], o[0])
+    return jnp.take(WEIGHTS, o[0]) * bern(sigmoid(x), o[1]), jnp.exp(o[1] - x) + t[1] * o[1]
+
+
+@case((2,), reparam_then_reference, values=(4, 2), enum=False)
 def reparam_then(t, site, o):
-    x = two_point("x", t[0], t[1], o[0])
+    x = pathwise("x", Normal(t[0], t[1]), o[0])
     b = site("b", Bernoulli(sigmoid(x)), o[1])
     return jnp.exp(b - x) + t[1] * b
 
 
-@case((2,), lambda t, o: (bern(t[0], o[0]) * 0.5, jnp.cos(o[0] + t[1] * (2.0 * o[1] - 1.0)) + o[0]), enum=False)
+@case(
+    (2,),
+    lambda t, o: (bern(t[0], o[0]) * jnp.take(WEIGHTS, o[1]), jnp.cos(at(o[0], t[1], o[1])) + o[0]),
+    values=(2, 4),
+    enum=False,
+)
 def then_reparam(t, site, o):
     b = site("b", Bernoulli(t[0]), o[0])
-    return jnp.cos(two_point("x", b, t[1], o[1])) + b
+    return jnp.cos(pathwise("x", Normal(b, t[1]), o[1])) + b
 
 
-@case((2,), lambda t, o: (0.25, jnp.sum(jnp.exp(jnp.cumsum(drift(t, o))))), enum=False)
+@case((2,), lambda t, o: (weight(o), jnp.sum(jnp.exp(jnp.cumsum(at(t[0], t[1], o))))), values=4, enum=False)
 def reparam_in_scan(t, site, o):
     def step(s, o):
-        s = s + two_point("x", t[0], t[1], o)
+        s = s + pathwise("x", Normal(t[0], t[1]), o)
         return s, jnp.exp(s)
 
     return jnp.sum(lax.scan(step, 0.0, o)[1])

@@ -1,0 +1,83 @@
+"""Every example in a docstring runs, and every public name has one."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import expectax
+from expectax import dist, inference, models, ppl, vi
+
+MODULES = [
+    name
+    for _, name, _ in pkgutil.walk_packages(expectax.__path__, "expectax.")
+    if not name.endswith(".__main__")  # checked in test_demo
+]
+
+
+def examples_of(module: ModuleType) -> list[doctest.DocTest]:
+    """Return the examples of a module's own functions, classes, methods, and models (which doctest overlooks)."""
+    tests = {test.name: test for test in doctest.DocTestFinder(exclude_empty=True).find(module)}
+    for name, value in vars(module).items():
+        full = f"{module.__name__}.{name}"
+        if isinstance(value, ppl.Model) and value.function.__module__ == module.__name__ and full not in tests:
+            test = doctest.DocTestParser().get_doctest(value.__doc__ or "", vars(module).copy(), full, None, None)
+            if test.examples:
+                tests[full] = test
+    return [test for test in tests.values() if test.examples]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    module = importlib.import_module(name)
+    printed: list[str] = []
+    for test in examples_of(module):
+        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=printed.append)
+    assert not printed, "".join(printed)
+
+
+def test_the_modules_and_their_examples_are_found():
+    assert {"expectax.ppl._program", "expectax.vi._fit", "expectax.inference._mcmc"} <= set(MODULES)
+    names = {test.name for module in MODULES for test in examples_of(importlib.import_module(module))}
+    assert {"expectax.models._eight_schools.eight_schools", "expectax.ppl._program.Program"} <= names
+    assert len(names) > 30
+
+
+def public_names() -> dict[str, Any]:
+    """Return the public functions, classes and models by their full name; constants and exceptions need no example."""
+    found = {}
+    for module in (expectax, ppl, vi, inference, models):
+        for name, value in vars(module).items():
+            if name.startswith("_") or value is dist or inspect.ismodule(value):
+                continue
+            if isinstance(value, type) and issubclass(value, BaseException):
+                continue
+            if callable(value):
+                found[f"{module.__name__}.{name}"] = value
+    return found
+
+
+REFERS = re.compile(r"Example: see\s+`?[\w.]+`?")
+
+
+@pytest.mark.parametrize("name", sorted(public_names()))
+def test_public_names_have_examples(name):
+    doc = inspect.getdoc(public_names()[name]) or ""
+    assert doc, f"{name} has no docstring"
+    assert ">>>" in doc or REFERS.search(doc), f"{name} has no example, and refers to none"
+
+
+def test_public_names_are_seen():
+    names = set(public_names())
+    assert {"expectax.sample", "expectax.vi.fit", "expectax.inference.nuts", "expectax.models.eight_schools"} <= names
+    assert "expectax.ppl.ShapeError" not in names and "expectax.models.NILE" not in names
+
+
+@pytest.mark.parametrize("error", [e for e in vars(ppl).values() if isinstance(e, type) and issubclass(e, Exception)])
+def test_errors_say_what_they_mean(error):
+    assert error.__doc__ and error.__doc__.strip() and issubclass(error, ppl.ExpectaxError)
