@@ -13,7 +13,7 @@ from expectax.ppl import NonFiniteError, Posterior, Program, _jax
 from expectax.ppl._choices import leaves_of
 from expectax.ppl._compile import compiled
 from expectax.ppl._match import check_guide
-from expectax.ppl._program import check_key
+from expectax.ppl._staging import check_key
 
 from ._particles import Particles
 

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from expectax.ppl import NonFiniteError, Posterior, _jax
 from expectax.ppl._compile import compiled
-from expectax.ppl._program import check_key
 from expectax.ppl._progress import progress_bar
+from expectax.ppl._staging import check_key
 
 from ._importance import blamed_site
 from ._kernels import Kernel

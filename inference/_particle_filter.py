@@ -19,9 +19,9 @@ from expectax.ppl import ControlFlowError, Posterior, _jax
 from expectax.ppl._compile import compiled
 from expectax.ppl._evaluate import evaluate, site_table, walk
 from expectax.ppl._inline import inline_calls
-from expectax.ppl._program import check_key, stage
 from expectax.ppl._sample import sample_p
 from expectax.ppl._sources import sources
+from expectax.ppl._staging import check_key, stage
 from expectax.ppl._visitors import generating
 
 from ._particles import Particles

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from expectax.ppl._program import check_key
+from expectax.ppl._staging import check_key
 
 from ._weights import normalized_weights
 

@@ -15,7 +15,8 @@ from . import _jax
 from ._choices import Choices, check_addresses, check_values, leaves_of, nested
 from ._errors import SupportError
 from ._evaluate import Entry, evaluate
-from ._program import Program, Staged, Trace, _scalar, check_key, stage
+from ._program import Program, Trace, finish
+from ._staging import Staged, check_key, scalar, stage
 from ._visitors import Observed, assessing, constraining, generating, recording, unconstraining
 
 
@@ -56,7 +57,7 @@ class Posterior:
         """
         staged = stage(self.program)
         given = self._complete(staged, latents, "log_density")
-        return _scalar(evaluate(staged.jaxpr, staged.arguments, assessing, given=given).log_density)
+        return scalar(evaluate(staged.jaxpr, staged.arguments, assessing, given=given).log_density)
 
     def site_log_densities(self, latents: Choices) -> Choices:
         """Return the log density of every site, latent and observed, one number per scan step and lane.
@@ -73,8 +74,7 @@ class Posterior:
         check_key(key)
         staged = stage(self.program)
         outcome = evaluate(staged.jaxpr, staged.arguments, generating, key, self.observations)
-        trace = Trace(self.program, outcome.choices, staged.returned(outcome.outputs), _scalar(outcome.log_density))
-        return trace, _scalar(outcome.log_weight)
+        return finish(self.program, staged, outcome), scalar(outcome.log_weight)
 
     def latents(self, choices: Choices) -> Choices:
         """Return the part of full choices that is not observed."""
@@ -122,7 +122,7 @@ class Posterior:
             unconstrained: nested dict, shaped as `unconstrain` returns it.
         """
         outcome = self._constrained(unconstrained)
-        return _scalar(outcome.log_density) + outcome.log_weight
+        return scalar(outcome.log_density) + outcome.log_weight
 
     @property
     def unconstrained_shapes(self) -> Choices:

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from . import _edit as edit
 from . import _jax
 from ._choices import Choices, check_values
-from ._evaluate import Outcome, evaluate, site_table
+from ._evaluate import Outcome, evaluate
 from ._nesting import nest
+from ._staging import Staged, as_data, check_key, scalar, stage
 from ._visitors import assessing, generating, rebinding
-
-
-class Staged(NamedTuple):
-    """A program as equations: the jaxpr, its arguments, its sites, and how to rebuild what it returns."""
-
-    jaxpr: Any
-    arguments: list[Any]
-    sites: Choices
-    returned: Callable[[list[Any]], Any]
 
 
 class Fixed:
@@ -79,6 +70,75 @@ class Trace(eqx.Module):
     def args(self) -> tuple[Any, ...]:
         """The arguments that the program was bound to."""
         return self.program.args
+
+    def update(
+        self, key: PRNGKeyArray, constraints: Choices, *args: Any, **kwargs: Any
+    ) -> tuple[Trace, Float[Array, ""], Choices]:
+        r"""Change some choices, or the arguments, and keep the rest.
+
+        Args:
+            key: a typed key, for sites that have no old value of the right shape.
+            constraints: nested dict of new values.
+            *args: new arguments of the model; none for the old ones.
+            **kwargs: new keyword arguments.
+
+        Returns:
+            `(trace, log_weight, discard)`: the new trace $t'$; $\log p(t') - \log p(t)$ less the log density of
+            what had to be drawn; and the old values that were replaced or dropped.
+
+        Raises:
+            AddressError, ShapeError, SupportError: a constraint does not fit the program.
+
+        Example:
+            >>> import jax, expectax as ex
+            >>> from expectax import dist
+            >>> @ex.model
+            ... def normal(scale):
+            ...     ex.sample("x", dist.Normal(0.0, scale))
+            >>> key = jax.random.key(0)
+            >>> trace = normal(1.0).simulate(key)
+            >>> there, weight, discard = trace.update(key, {"x": 2.0})
+            >>> back, opposite, _ = there.update(key, discard)
+            >>> bool(abs(weight + opposite) < 1e-6)
+            True
+        """
+        check_key(key)
+        program = self.program.model(*args, **kwargs) if args or kwargs else self.program
+        staged, outcome, log_weight, discard = edit.update(self, key, constraints, program)
+        return finish(program, staged, outcome), log_weight, discard
+
+    def regenerate(self, key: PRNGKeyArray, selection: Iterable[str]) -> tuple[Trace, Float[Array, ""]]:
+        r"""Draw the selected choices anew from the prior, along the run, and keep the rest.
+
+        Args:
+            key: a typed key.
+            selection: addresses (`"sub/x"` in nested models; `"sub"` for all of one).
+
+        Returns:
+            `(trace, log_weight)` with the weight of a Metropolis-Hastings move,
+            $\log \frac{p(t')\,q(t \mid t')}{p(t)\,q(t' \mid t)}$: accept with probability $\min(1, e^w)$.
+
+        Raises:
+            AddressError: an address is unknown.
+
+        Example: as `update`, with `trace.regenerate(key, ["x"])`.
+        """
+        check_key(key)
+        staged, outcome, log_weight = edit.regenerate(self, key, selection)
+        return finish(self.program, staged, outcome), log_weight
+
+    def project(self, selection: Iterable[str]) -> Float[Array, ""]:
+        """Return the sum of the log densities of the selected sites.
+
+        Args:
+            selection: addresses, as in `regenerate`.
+
+        Raises:
+            AddressError: an address is unknown.
+
+        Example: as `update`, with `trace.project(["x"])`.
+        """
+        return edit.project(self, selection)
 
     def __getitem__(self, address: str) -> Any:
         """Return the choice at an address (`trace["mu"]`)."""
@@ -156,7 +216,7 @@ class Program:
         staged = stage(self)
         given = check_values(staged.sites, choices, "assess", _jax.caller(), complete=True)
         outcome = evaluate(staged.jaxpr, staged.arguments, assessing, given=given)
-        return _scalar(outcome.log_density), staged.returned(outcome.outputs)
+        return scalar(outcome.log_density), staged.returned(outcome.outputs)
 
     def generate(self, key: PRNGKeyArray, constraints: Choices) -> tuple[Trace, Float[Array, ""]]:
         r"""Run the program with some choices given and the others drawn from the prior.
@@ -177,8 +237,7 @@ class Program:
         staged = stage(self)
         given = check_values(staged.sites, constraints, "generate", _jax.caller())
         outcome = evaluate(staged.jaxpr, staged.arguments, generating, key, given)
-        trace = Trace(self, outcome.choices, staged.returned(outcome.outputs), _scalar(outcome.log_density))
-        return trace, _scalar(outcome.log_weight)
+        return finish(self, staged, outcome), scalar(outcome.log_weight)
 
     def given(self, observations: Choices) -> Any:
         """Condition on observations; see `Posterior`.
@@ -197,7 +256,7 @@ class Program:
         """Run the program inside an objective, leaving its choices to the objective's estimator."""
         staged = stage(self)
         outcome = evaluate(staged.jaxpr, staged.arguments, rebinding)
-        return outcome._replace(log_density=_scalar(outcome.log_density))
+        return outcome._replace(log_density=scalar(outcome.log_density))
 
     def sites(self) -> Choices:
         """Return the nested dict of address to site entry (shape, dtype, distribution, place in the file)."""
@@ -261,39 +320,6 @@ def model(function: Callable[..., Any]) -> Model:
     return Model(function)
 
 
-def as_data(tree: Any) -> Any:
-    """Make arrays of the numpy arrays and floats in a tree; integers, strings and other objects stay as they are."""
-    return jax.tree.map(
-        lambda x: jnp.asarray(x) if isinstance(x, (float, complex, np.ndarray, np.generic)) else x, tree
-    )
-
-
-def stage(program: Program) -> Staged:
-    """Trace the program into equations, afresh each time: Python state that it reads may have changed."""
-    arguments, structure = jax.tree.flatten(program._arrays)
-    box: list[Any] = []
-
-    def run(*leaves: Any) -> Any:
-        args, kwargs = eqx.combine(jax.tree.unflatten(structure, leaves), program._fixed.value)
-        arrays, rest = eqx.partition(program.model.function(*args, **kwargs), eqx.is_array)
-        flat, tree = jax.tree.flatten(arrays)
-        box.append((tree, rest))
-        return flat
-
-    jaxpr = jax.make_jaxpr(run)(*arguments)
-    tree, rest = box[-1]
-    return Staged(
-        jaxpr, arguments, site_table(jaxpr), lambda outputs: eqx.combine(jax.tree.unflatten(tree, outputs), rest)
-    )
-
-
-def check_key(key: Any) -> None:
-    """Refuse what is not one typed key."""
-    if not jnp.issubdtype(getattr(key, "dtype", bool), jax.dtypes.prng_key):
-        raise TypeError(f"expected a typed key from jax.random.key(seed), got {type(key).__name__}.")
-    if key.shape != ():
-        raise TypeError(f"expected one key, got an array of keys of shape {key.shape}: use jax.vmap over keys.")
-
-
-def _scalar(total: Any) -> Any:
-    return jnp.asarray(total, jnp.result_type(float)) if isinstance(total, float) else total
+def finish(program: Program, staged: Staged, outcome: Outcome) -> Trace:
+    """Return the trace of a walk."""
+    return Trace(program, outcome.choices, staged.returned(outcome.outputs), scalar(outcome.log_density))

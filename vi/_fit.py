@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from expectax.ppl import NonFiniteError
 from expectax.ppl._compile import Static, compiled
-from expectax.ppl._program import as_data, check_key
 from expectax.ppl._progress import chunks, progress_bar
+from expectax.ppl._staging import as_data, check_key
 
 from ._objective import Objective, first_nonfinite, gradient_step
 

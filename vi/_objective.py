@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from expectax.ppl import Posterior, Program, ShapeError, _jax
 from expectax.ppl._compile import compiled
-from expectax.ppl._program import as_data, check_key
+from expectax.ppl._staging import as_data, check_key
 
 from ._boxes import Samples
 from ._flat import flatten

@@ -95,6 +95,7 @@ TABLE |= {
         "Expanded": lambda m, s: dist.Weibull(s, jnp.exp(m)).expand([2]),
         "Expanded, as many as lanes": lambda m, s: dist.Normal(m, s).expand([LANES]),
         "Expanded inside": lambda m, s: dist.StudentT(9.0, m * jnp.arange(2.0)[:, None], s).expand([2, 3]),
+        "Expanded in front": lambda m, s: dist.Weibull(s * jnp.arange(1.0, 3.0), jnp.exp(m)).expand([2, 2]),
         "Expanded vectors": lambda m, s: dist.Dirichlet(s * jnp.arange(1.0, 3.0)).expand([2]),
         "Expanded to an event": lambda m, s: dist.Laplace(m, s).expand([2]).to_event(1),
         "Masked": lambda m, s: dist.Normal(m * jnp.ones(3), s).mask(MASK),

@@ -150,6 +150,10 @@ lanes("vmap in scan, axis 1", m(5, 2, 3).transpose(0, 2, 1))(lambda: over_time(j
 lanes("scan in vmap", m(5, 3))(lambda: jax.vmap(lambda a: over_time(x, a), in_axes=1)(m(5, 3)))
 lanes("scan in vmap, square", m(3, 3).T)(lambda: jax.vmap(lambda a: over_time(x, a))(m(3, 3)))
 lanes("reverse scan in vmap", m(5, 3))(lambda: jax.vmap(lambda a: over_time(x, a, reverse=True), in_axes=1)(m(5, 3)))
+several(
+    "reverse scan in vmap that carries its draw",
+    {"x": (lambda c: m(5, 3) + np.concatenate([c["x"][..., 1:, :], 0 * c["x"][..., :1, :]], axis=-2), 1e-3)},
+)(lambda: jax.vmap(lambda a: lax.scan(lambda c, b: (x(c + b), None), 0.0, a, reverse=True), in_axes=1)(m(5, 3)))
 lanes("scan without inputs in vmap", np.broadcast_to(m(3), (5, 3)), s(3))(
     lambda: jax.vmap(lambda a, b: over_time(lambda _: x(a, b), None, length=5))(m(3), s(3))
 )

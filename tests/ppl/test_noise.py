@@ -90,6 +90,19 @@ def test_every_generator_of_jax_serves(impl):
     assert stats.kstest(np.asarray(values).ravel(), "norm").pvalue > 1e-6
 
 
+@pytest.mark.parametrize(
+    "build", [lambda p: dist.Normal(p, p), lambda p: dist.Weibull(p, p), lambda p: dist.Bernoulli(p)]
+)
+def test_draws_have_numpyros_dtype_in_either_precision(build):
+    """float32 parameters in both modes: a type cached in one must not be used in the other."""
+    parameter = jnp.full(3, 0.5, jnp.float32)
+    for double in (False, True, False):
+        with jax.enable_x64(double):
+            key = jax.random.key(0)
+            trace = ppl.model(lambda: jax.vmap(lambda p: ppl.sample("x", build(p)))(parameter))().simulate(key)
+            assert trace["x"].dtype == build(parameter).sample(key).dtype
+
+
 SCALED = {  # x = theta * noise: pooled, drawn fused, with implicit derivatives, and with a key per lane
     "Normal": lambda theta: dist.Normal(0.0, theta),
     "Weibull": lambda theta: dist.Weibull(theta, 2.0),

@@ -1,0 +1,65 @@
+"""Tracing a bound program into equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._choices import Choices
+from ._evaluate import site_table
+
+if TYPE_CHECKING:
+    from ._program import Program
+
+
+class Staged(NamedTuple):
+    """A program as equations: the jaxpr, its arguments, its sites, and how to rebuild what it returns."""
+
+    jaxpr: Any
+    arguments: list[Any]
+    sites: Choices
+    returned: Callable[[list[Any]], Any]
+
+
+def as_data(tree: Any) -> Any:
+    """Make arrays of the numpy arrays and floats in a tree; integers, strings and other objects stay as they are."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(x) if isinstance(x, (float, complex, np.ndarray, np.generic)) else x, tree
+    )
+
+
+def stage(program: Program) -> Staged:
+    """Trace the program into equations, afresh each time: Python state that it reads may have changed."""
+    arguments, structure = jax.tree.flatten(program._arrays)
+    box: list[Any] = []
+
+    def run(*leaves: Any) -> Any:
+        args, kwargs = eqx.combine(jax.tree.unflatten(structure, leaves), program._fixed.value)
+        arrays, rest = eqx.partition(program.model.function(*args, **kwargs), eqx.is_array)
+        flat, tree = jax.tree.flatten(arrays)
+        box.append((tree, rest))
+        return flat
+
+    jaxpr = jax.make_jaxpr(run)(*arguments)
+    tree, rest = box[-1]
+    return Staged(
+        jaxpr, arguments, site_table(jaxpr), lambda outputs: eqx.combine(jax.tree.unflatten(tree, outputs), rest)
+    )
+
+
+def check_key(key: Any) -> None:
+    """Refuse what is not one typed key."""
+    if not jnp.issubdtype(getattr(key, "dtype", bool), jax.dtypes.prng_key):
+        raise TypeError(f"expected a typed key from jax.random.key(seed), got {type(key).__name__}.")
+    if key.shape != ():
+        raise TypeError(f"expected one key, got an array of keys of shape {key.shape}: use jax.vmap over keys.")
+
+
+def scalar(total: Any) -> Any:
+    """Return a sum of log densities as an array, also if there was nothing to add."""
+    return jnp.asarray(total, jnp.result_type(float)) if isinstance(total, float) else total
