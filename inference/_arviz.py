@@ -35,4 +35,5 @@ def to_arviz(chains: Chains, posterior: Posterior | None = None) -> Any:
 
 
 def _arrays(choices: dict[str, Any]) -> Any:
-    return ((path, np.asarray(value)) for path, value in leaves_of(jax.device_get(choices)))
+    # netCDF files and ArviZ 1 have no '/' in names
+    return ((path.replace("/", "."), np.asarray(value)) for path, value in leaves_of(jax.device_get(choices)))

@@ -7,13 +7,14 @@ state to the key: numbers and small containers by value, other objects by identi
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import os
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -44,18 +45,61 @@ class _Identity:
         return id(self.value)
 
 
+class _Seen(NamedTuple):
+    """Which containers the walk stands in, and the functions and objects that it has walked, by number."""
+
+    path: tuple[int, ...]
+    known: dict[int, int]
+
+    def below(self, value: Any) -> _Seen:
+        """Return what has been seen inside a value."""
+        return self._replace(path=(*self.path, id(value)))
+
+
 class Fingerprint:
     """The Python state behind some values; equal fingerprints may share a compiled program."""
 
     def __init__(self, *values: Any):
         """Walk the values: arrays that they hold openly are data, those behind functions are state."""
-        self.state = tuple(_walk(value, (), True) for value in values)
+        seen = _Seen((), {})
+        self.state = tuple(_walk(value, seen, True) for value in values)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fingerprint) and self.state == other.state
 
     def __hash__(self) -> int:
         return hash(self.state)
+
+
+class Fixed:
+    """The arguments of a program that are no data, made hashable: equal if their parts are."""
+
+    def __init__(self, value: Any):
+        """Keep a pytree without arrays."""
+        self.value = value
+
+    def _parts(self) -> tuple[Any, Any]:
+        leaves, structure = jax.tree.flatten(self.value)
+        return structure, tuple(leaf if _hashable(leaf) else id(leaf) for leaf in leaves)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare structure and parts; what cannot be hashed is compared by identity."""
+        return isinstance(other, Fixed) and self._parts() == other._parts()
+
+    def __hash__(self) -> int:
+        return hash(self._parts())
+
+    def __repr__(self) -> str:
+        """Show the parts."""
+        return repr(self.value)
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 class Static:
@@ -73,9 +117,9 @@ class Static:
         return hash(self.fingerprint)
 
 
-def _walk(value: Any, seen: tuple[int, ...], data: bool) -> Any:
+def _walk(value: Any, seen: _Seen, data: bool) -> Any:
     """Return a hashable picture of a value; `data` marks arrays that are arguments, not state."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type, types.ModuleType)):
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, types.ModuleType)):
         return (type(value), value)
     if isinstance(value, jax.Array):
         return None if data else _Identity(value)
@@ -83,21 +127,24 @@ def _walk(value: Any, seen: tuple[int, ...], data: bool) -> Any:
         return None if data else (value.shape, str(value.dtype), value.tobytes())
     if isinstance(value, Static):
         return value
-    if hasattr(value, "_parts"):  # the fixed arguments of a program
-        return ("fixed", _walk(value.value, seen, data))
-    if id(value) in seen:
-        return "seen"
-    seen = (*seen, id(value))
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Fixed):
+        return (Fixed, _walk(value.value, seen, data))
+    if id(value) in seen.path:
+        return "inside itself"
+    seen = seen.below(value)
+    if isinstance(value, (list, tuple, collections.deque)):
         return (type(value), *(_walk(v, seen, data) for v in value))
     if isinstance(value, dict):
         return (dict, *((k if _plain(k) else _Identity(k), _walk(v, seen, data)) for k, v in value.items()))
     if isinstance(value, (set, frozenset)):
         return (set, frozenset(_walk(v, seen, data) for v in value))
+    if id(value) in seen.known:
+        return ("again", seen.known[id(value)])
+    seen.known[id(value)] = len(seen.known)
     return _walk_callable(value, seen) or _walk_object(value, seen, data)
 
 
-def _walk_callable(value: Any, seen: tuple[int, ...]) -> Any:
+def _walk_callable(value: Any, seen: _Seen) -> Any:
     if isinstance(value, types.FunctionType):
         return _walk_function(value, seen)
     if isinstance(value, types.MethodType):
@@ -107,9 +154,11 @@ def _walk_callable(value: Any, seen: tuple[int, ...]) -> Any:
     return None
 
 
-def _walk_object(value: Any, seen: tuple[int, ...], data: bool) -> Any:
-    """Walk the attributes of a pytree, of a frozen value, or of an object of the user's own; others are opaque."""
+def _walk_object(value: Any, seen: _Seen, data: bool) -> Any:
+    """Walk the attributes of a pytree, of a frozen value, or of an object or class of the user's own."""
     kind = type(value)
+    if isinstance(value, type):
+        return _walk_class(value, seen)
     if isinstance(value, eqx.Module) or (dataclasses.is_dataclass(value) and not jax.tree_util.all_leaves([value])):
         return (kind, *(_walk(v, seen, data) for v in vars(value).values()))
     if dataclasses.is_dataclass(value) and kind.__hash__ is not None and kind.__hash__ is not object.__hash__:
@@ -117,17 +166,23 @@ def _walk_object(value: Any, seen: tuple[int, ...], data: bool) -> Any:
     transparent = not _library(kind.__module__) or isinstance(value, types.SimpleNamespace) or hasattr(value, "_state")
     if not transparent or not hasattr(value, "__dict__"):
         return _Identity(value)
-    call = getattr(kind, "__call__", None)  # noqa: B004
-    method = _walk_function(call, seen) if isinstance(call, types.FunctionType) else None
     state = getattr(value, "_state", lambda: vars(value))()
-    return (_Identity(value), method, _walk(state, seen, False))
+    return (_Identity(value), _walk(kind, seen, False), _walk(state, seen, False))
+
+
+def _walk_class(kind: type, seen: _Seen) -> Any:
+    """Walk the methods and values of a class of the user's own."""
+    if _library(kind.__module__):
+        return kind
+    members = [(n, v) for n, v in vars(kind).items() if not n.startswith("__") or n in ("__call__", "__init__")]
+    return (kind, *((n, _walk(v, seen, False)) for n, v in members))
 
 
 def _plain(key: Any) -> bool:
     return isinstance(key, (str, int, bool, bytes))
 
 
-def _walk_function(function: types.FunctionType, seen: tuple[int, ...]) -> Any:
+def _walk_function(function: types.FunctionType, seen: _Seen) -> Any:
     if _library(function.__module__ or ""):
         return _with_cells(function, seen)
     used = sorted(_names(function.__code__))
@@ -141,7 +196,7 @@ def _walk_function(function: types.FunctionType, seen: tuple[int, ...]) -> Any:
     return (_with_cells(function, seen), tuple(state))
 
 
-def _with_cells(function: types.FunctionType, seen: tuple[int, ...]) -> Any:
+def _with_cells(function: types.FunctionType, seen: _Seen) -> Any:
     cells = tuple(_walk(_content(cell), seen, False) for cell in function.__closure__ or ())
     defaults = _walk((function.__defaults__, function.__kwdefaults__), seen, False)
     return (_Identity(function.__code__), cells, defaults)

@@ -14,41 +14,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from . import _edit as edit
 from . import _jax
 from ._choices import Choices, check_values
+from ._compile import Fixed
 from ._evaluate import Outcome, evaluate
 from ._nesting import nest
 from ._staging import Staged, as_data, check_key, scalar, stage
 from ._visitors import assessing, generating, rebinding
-
-
-class Fixed:
-    """The arguments of a program that are no data, made hashable: equal if their parts are."""
-
-    def __init__(self, value: Any):
-        """Keep a pytree without arrays."""
-        self.value = value
-
-    def _parts(self) -> tuple[Any, Any]:
-        leaves, structure = jax.tree.flatten(self.value)
-        return structure, tuple(leaf if _hashable(leaf) else id(leaf) for leaf in leaves)
-
-    def __eq__(self, other: object) -> bool:
-        """Compare structure and parts; what cannot be hashed is compared by identity."""
-        return isinstance(other, Fixed) and self._parts() == other._parts()
-
-    def __hash__(self) -> int:
-        return hash(self._parts())
-
-    def __repr__(self) -> str:
-        """Show the parts."""
-        return repr(self.value)
-
-
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 class Trace(eqx.Module):

@@ -109,7 +109,6 @@ def test_export_to_a_file_and_back(chains, posterior, tmp_path):
     np.testing.assert_array_equal(back["observed_data"]["y"].values, OBSERVED)
 
 
-@pytest.mark.xfail(strict=True, reason="names keep the '/', which ArviZ 1 and netCDF files refuse")
 def test_export_of_a_nested_model(tmp_path):
     outer = ppl.model(lambda: ppl.sample("inner", ppl.model(lambda: ppl.sample("x", dist.Normal(0.0, 1.0)))()))
     chains = inference.mcmc(outer().given({}), inference.hmc(), key=KEY, num_warmup=0, num_samples=4)
