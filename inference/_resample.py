@@ -21,7 +21,7 @@ def _levels(key: PRNGKeyArray, num: int, method: str, dtype: Any) -> Float[Array
     if method == "multinomial":
         # the order statistics of uniforms, as partial sums of exponentials
         spacings = jax.random.exponential(key, (num + 1,), dtype)
-        return jnp.cumsum(spacings)[:-1] / jnp.sum(spacings)
+        return lax.cummax(jnp.cumsum(spacings))[:-1] / jnp.sum(spacings)
     shape = () if method == "systematic" else (num,)
     return (jnp.arange(num, dtype=dtype) + jax.random.uniform(key, shape, dtype)) / num
 
