@@ -16,6 +16,7 @@ from expectax.ppl import _jax, _visitors
 from helpers import count_compiles, enumerate_choices, two_stage_z
 
 KEY = jax.random.key(20260803)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @ppl.model

@@ -22,21 +22,23 @@ COVARIANCE = np.array([[1.0, 0.9], [0.9, 1.0]])
 
 
 @ppl.model
-def conjugate():
-    """Independent conjugate parts, one for every kind of support."""
+def conjugate(every_support: bool):
+    """Independent parts with known posteriors, two of them correlated, one for each other kind of support."""
     mu = ppl.sample("mu", dist.MultivariateNormal(jnp.zeros(2), jnp.asarray(COVARIANCE, float)))
     ppl.sample("y", dist.Normal(mu.sum(), 1.0).expand([3]))
-    rate = ppl.sample("rate", dist.Gamma(2.0, 0.5))
-    ppl.sample("counts", dist.Poisson(rate).expand([4]))
-    p = ppl.sample("p", dist.Beta(2.0, 3.0))
-    ppl.sample("heads", dist.Binomial(10, p))
-    probs = ppl.sample("probs", dist.Dirichlet(jnp.array([1.0, 2.0, 3.0])))
-    ppl.sample("labels", dist.Categorical(probs=probs).expand([5]))
     bound = ppl.sample("bound", dist.Gamma(3.0, 1.0))
     ppl.sample("below", dist.Uniform(0.0 * bound, bound))
+    if every_support:
+        rate = ppl.sample("rate", dist.Gamma(2.0, 0.5))
+        ppl.sample("counts", dist.Poisson(rate).expand([4]))
+        p = ppl.sample("p", dist.Beta(2.0, 3.0))
+        ppl.sample("heads", dist.Binomial(10, p))
+        probs = ppl.sample("probs", dist.Dirichlet(jnp.array([1.0, 2.0, 3.0])))
+        ppl.sample("labels", dist.Categorical(probs=probs).expand([5]))
 
 
-POSTERIOR = conjugate().given({"y": Y.astype(np.float32), "counts": COUNTS, "heads": 7, "labels": LABELS})
+CORRELATED = conjugate(False).given({"y": Y.astype(np.float32)})
+POSTERIOR = conjugate(True).given({"y": Y.astype(np.float32), "counts": COUNTS, "heads": 7, "labels": LABELS})
 
 
 def exact_moments() -> dict[str, Any]:
@@ -57,8 +59,8 @@ def wrong_by_more_than_five(chains: inference.Chains) -> list[str]:
     both = jax.tree.map(np.asarray, [chains.choices, jax.tree.map(jnp.square, chains.choices)])
     means, squares = map(inference.summarize, both)
     exact, wrong = exact_moments(), []
-    assert set(means) == set(exact)
-    for name, rows in {name: (means[name], squares[name]) for name in exact}.items():
+    assert set(means) == set(exact) or set(means) == {"mu[0]", "mu[1]", "bound", "below"}
+    for name, rows in {name: (means[name], squares[name]) for name in means}.items():
         for row, value in zip(rows, exact[name], strict=True):
             assert row.r_hat < 1.05 and row.ess_bulk > 200, (name, row)
             if abs(row.mean - value) > 5 * row.mcse_mean:
@@ -77,13 +79,12 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_moments_of_conjugate_posteriors(name):
     """|z| > 5 twice, the second time with a fresh key and four times the draws: false alarm below 1e-6."""
+    posterior, size, shape = (CORRELATED, 4, (4, 4, 4)) if "dense" in name else (POSTERIOR, 8, (4, 8))
+    assert sum(v.size for v in jax.tree.leaves(posterior.unconstrained_shapes)) == size
     for key, num_samples in zip(jax.random.split(KEY), (2000, 8000), strict=True):
-        chains = inference.mcmc(POSTERIOR, KERNELS[name], key=key, num_warmup=600, num_samples=num_samples)
-        mass = chains.inverse_mass_matrix
-        assert mass.shape == ((4, 8, 8) if "dense" in name else (4, 8)) and chains.step_size.shape == (4,)
+        chains = inference.mcmc(posterior, KERNELS[name], key=key, num_warmup=600, num_samples=num_samples)
+        assert chains.inverse_mass_matrix.shape == shape and chains.step_size.shape == (4,)
         assert 0.6 < float(chains.statistics["acceptance_rate"].mean()) < 0.97
-        probs = np.asarray(chains.choices["probs"])
-        np.testing.assert_allclose(probs.sum(-1), 1.0, atol=1e-5)
         assert (np.asarray(chains.choices["below"]) <= np.asarray(chains.choices["bound"])).all()
         if not (wrong := wrong_by_more_than_five(chains)):
             return

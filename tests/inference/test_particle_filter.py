@@ -16,7 +16,13 @@ from helpers import count_compiles, enumerate_choices, hmm_log_evidence, two_sta
 
 KEY = jax.random.key(20260805)
 METHODS = ("systematic", "stratified", "multinomial")
-WAYS = [(0.0, "systematic"), *((threshold, method) for threshold in (0.8, 1.0) for method in METHODS)]
+WAYS = [
+    ("hmm", 0.0, "systematic"),
+    *(("hmm", threshold, method) for threshold in (0.8, 1.0) for method in METHODS),
+    ("linear_gaussian", 0.0, "systematic"),
+    ("linear_gaussian", 0.8, "stratified"),
+    ("linear_gaussian", 1.0, "multinomial"),
+]
 pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
 
@@ -46,8 +52,7 @@ CASES: dict[str, tuple[Any, Any, Any]] = {  # exact model, exact means, what to 
 }
 
 
-@pytest.mark.parametrize(("threshold", "method"), WAYS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "threshold", "method"), WAYS)
 def test_evidence_and_smoothing_means_are_unbiased(name, threshold, method):
     """Z-hat / Z, and times the trajectories' mean, in all of time: the first time shows the genealogy."""
     case, means, f = CASES[name]
