@@ -23,9 +23,9 @@ class Exact:
 
     model: ppl.Model
     data: tuple[np.ndarray, np.ndarray]
-    log_prior: Callable[[Any, Any], float]
-    log_likelihood: Callable[[Any, Any, Any], float]
-    log_evidence: Callable[[Any, Any], float]
+    log_prior: Callable[[Any, Any], Any]
+    log_likelihood: Callable[[Any, Any, Any], Any]
+    log_evidence: Callable[[Any, Any], Any]
     retval: Callable[[Any], Any]
     states: Any = None  # finite models: the number of values at each latent address
     moments: Any = None  # Gaussian models: x -> mean and covariance of the flattened latents
@@ -171,7 +171,7 @@ def linear_gaussian(x):
     return lax.scan(step, jnp.asarray(ORIGIN), None, length=TIMES)[1]
 
 
-def linear_gaussian_moments(x):
+def linear_gaussian_moments(x: Any) -> Any:
     """Stack s_t = x^t s_0 + sum_{u <= t} x^(t-u) L w_u with standard normal w."""
     power = [np.linalg.matrix_power(x, t) for t in range(TIMES + 1)]
     mix = np.block(

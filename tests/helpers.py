@@ -34,7 +34,7 @@ def hmm_log_evidence(initial: np.ndarray, transition: np.ndarray, emission: np.n
     alpha = np.log(initial) + emission[0]
     for log_likelihood in emission[1:]:
         alpha = special.logsumexp(alpha[:, None] + np.log(transition), axis=0) + log_likelihood
-    return float(special.logsumexp(alpha))
+    return float(np.asarray(special.logsumexp(alpha)))
 
 
 def kalman_log_evidence(a: Any, q: Any, h: Any, r: Any, mean: Any, cov: Any, ys: np.ndarray) -> float:
@@ -120,9 +120,9 @@ def count_compiles() -> Iterator[list[float]]:
     """Collect the XLA compilations made inside the block: a list of their durations."""
     compiles: list[float] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            compiles.append(duration)
+            compiles.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -106,8 +106,10 @@ def test_models_made_by_one_function_do_not_share_a_program():
 # --- changed Python state ------------------------------------------------------------------------------------------------
 
 NUMBER, LIST, ARRAY, JAX_ARRAY = 1.0, [1.0], np.array([1.0]), jnp.asarray(1.0)
-CONFIG, SET, MODULE = types.SimpleNamespace(a=1.0), {1.0}, types.ModuleType("settings")
-MODULE.a, MODULE.inner, MODULE.inner.a = 1.0, types.ModuleType("settings.inner"), 1.0
+CONFIG, SET = types.SimpleNamespace(a=1.0), {1.0}
+MODULE: Any = types.ModuleType("settings")
+INNER: Any = types.ModuleType("settings.inner")
+MODULE.a, MODULE.inner, INNER.a = 1.0, INNER, 1.0
 DEQUE, PATH = collections.deque([1.0]), pathlib.Path("data")
 LIKE_JAX = types.ModuleType("jax_models")  # a user's module whose name begins like a library's
 exec("a = 1.0\ndef centre(): return a", LIKE_JAX.__dict__)
@@ -122,7 +124,10 @@ def helper():
     return NUMBER
 
 
-def with_default(centre=[1.0]):  # noqa: B006
+DEFAULT = [1.0]
+
+
+def with_default(centre=DEFAULT):
     return at(centre[0])
 
 
@@ -167,7 +172,7 @@ SEEN = {
     "global list": (lambda: at(LIST[0]), lambda: LIST.__setitem__(0, 2.0)),
     "global numpy array, in place": (lambda: at(ARRAY[0]), lambda: ARRAY.__setitem__(0, 2.0)),
     "global jax array": (lambda: at(JAX_ARRAY), set_global("JAX_ARRAY", jnp.asarray(2.0))),
-    "default argument": (with_default, lambda: with_default.__defaults__[0].__setitem__(0, 2.0)),
+    "default argument": (with_default, lambda: DEFAULT.__setitem__(0, 2.0)),
     "closure": closure(),
     "partial": (functools.partial(lambda shift: at(shift + NUMBER), 0.0), set_global("NUMBER", 2.0)),
     "bound method": (SETTINGS[0].site, lambda: setattr(SETTINGS[0], "a", 2.0)),

@@ -72,6 +72,8 @@ def coins():
     ppl.sample("heads", dist.Bernoulli(0.5).expand([3]))
 
 
+LIST: Any = [0.0]
+THREE: Any = 3
 FULL = {"slope": 0.5, "height": HEIGHT, "noise": 1.0}
 
 
@@ -89,7 +91,7 @@ raises("given, a value for a nested model", AddressError, "no site 'line'", "Did
 raises("given, like no other", AddressError, "no site 'qqq'", "Known: 'height', 'noise', 'slope'")(
     lambda: regression().given({"qqq": 0.0})
 )
-raises("given, a list", AddressError, "expected a dict", "got list")(lambda: regression().given([0.0]))
+raises("given, a list", AddressError, "expected a dict", "got list")(lambda: regression().given(LIST))
 raises("assess, one missing", AddressError, "assess", "no value for site 'noise'")(
     lambda: regression().assess({"slope": 0.5, "height": HEIGHT})
 )
@@ -183,7 +185,7 @@ raises("a site and a nested model", AddressError, "'x'", "twice")(
 raises("twice in a nested model", AddressError, "'slope'", "twice")(
     lambda: simulate(lambda: ppl.sample("sub", ppl.model(lambda: [regression.function() for _ in "ab"])()))
 )
-raises("a number as address", AddressError, "3", "non-empty string")(lambda: simulate(lambda: ppl.sample(3, UNIT)))
+raises("a number as address", AddressError, "3", "non-empty string")(lambda: simulate(lambda: ppl.sample(THREE, UNIT)))
 raises("an empty address", AddressError, "''", "non-empty string")(lambda: simulate(lambda: ppl.sample("", UNIT)))
 raises("a slash", AddressError, "'a/b'", "without '/'")(lambda: simulate(lambda: ppl.sample("a/b", UNIT)))
 

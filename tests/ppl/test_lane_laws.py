@@ -135,7 +135,7 @@ def draws(name: str, key: Any, n: int) -> Any:
 def exact(name: str, own: Any, values: Any) -> dict[str, Any]:
     """Return what numpyro says of one lane: log densities of the values, and the best known test of their law."""
     d = TABLE[name].build(*own)
-    terms = {"log_density": d.log_prob(values).reshape(len(values), -1).sum(1)}
+    terms = {"log_density": jnp.asarray(d.log_prob(values)).reshape(len(values), -1).sum(1)}
     if isinstance(d, FINITE):  # frequencies
         states = d.enumerate_support(expand=False)
         equal = jnp.stack([values == k for k in states.ravel()], axis=1)

@@ -71,7 +71,8 @@ def several(name: str, sites: Any) -> Any:
 def expected_sites(sites: Any, choices: Any) -> Any:
     """Yield `(path, centre, scale)`, the arrays in the shape of the site, perhaps with leading axes."""
     for path, (centre, scale) in sites.items():
-        yield path, *np.broadcast_arrays(centre(choices) if callable(centre) else centre, scale)
+        known: Any = centre(choices) if callable(centre) else centre
+        yield path, *np.broadcast_arrays(known, scale)
 
 
 def over_time(step: Any, xs: Any, **kwargs: Any) -> Any:
@@ -291,7 +292,8 @@ def test_three_lanes_of_a_three_dimensional_normal(axes):
     assert value.shape == (3, 3)
     expected = 0.0
     for i in range(3):
-        a, b = (p if axis is None else np.take(p, i, axis) for p, axis in zip((loc, tril), axes, strict=True))
+        own: Any = [p if axis is None else np.take(p, i, axis) for p, axis in zip((loc, tril), axes, strict=True)]
+        a, b = own
         assert np.abs(np.linalg.solve(b, value[i] - a)).max() < 8
         expected += stats.multivariate_normal(a, b @ b.T).logpdf(value[i])
     np.testing.assert_allclose(trace.log_density, expected, rtol=1e-9)

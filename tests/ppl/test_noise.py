@@ -22,7 +22,8 @@ IMPLEMENTATIONS = {_draw.draw_p: _draw._implementation, _noise.noise_p: _noise._
 def random_equations(jaxpr: Any) -> list[tuple[str, int]]:
     """Return (name, size of the output) of the equations that make random bits or split keys, inside draws too."""
     found = []
-    for eqn in _jax.close(jaxpr)[0].eqns:
+    equations: Any = _jax.close(jaxpr)[0].eqns
+    for eqn in equations:
         if eqn.primitive.name in ("random_bits", "random_split", "threefry2x32"):
             found.append((eqn.primitive.name, math.prod(eqn.outvars[0].aval.shape)))
         inner = list(_jax.sub_jaxprs(eqn))

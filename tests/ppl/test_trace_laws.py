@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from exact_models import EXACT, Exact
 from expectax import dist, ppl
@@ -192,7 +193,7 @@ def test_posterior_density_sums_to_the_evidence(name, i):
 def test_posterior_density_integrates_to_the_evidence(name, i):
     case = EXACT[name]
     posterior = case.posterior(*case.one(i))
-    flat, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(lambda s: jnp.zeros(s.shape), posterior.latent_shapes))
+    flat, unravel = ravel_pytree(jax.tree.map(lambda s: jnp.zeros(s.shape), posterior.latent_shapes))
     log_integral = gaussian_log_integral(lambda z: posterior.log_density(unravel(z)), flat.size)
     np.testing.assert_allclose(log_integral, case.log_evidence(*case.one(i)), rtol=1e-10)
 
