@@ -51,8 +51,10 @@ def importance(
         True
     """
     check_key(key)
-    if num_particles < 1:
-        raise ValueError(f"importance needs num_particles >= 1, got {num_particles}.")
+    if not isinstance(num_particles, int) or num_particles < 1:
+        raise ValueError(f"importance needs a whole num_particles >= 1, got {num_particles!r}.")
+    if proposal is not None and not isinstance(proposal, Program):
+        raise TypeError(f"the proposal must be a bound model such as guide(params), got {proposal!r}.")
     if proposal is not None:
         check_guide(proposal, posterior, _jax.caller(), covering=True)
     particles = _importance(posterior, proposal, key, num_particles)

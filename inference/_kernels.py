@@ -6,9 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-import blackjax
-import blackjax.adaptation.base as adaptation_base
-
 LogDensity = Callable[[Any], Any]
 
 
@@ -23,6 +20,8 @@ class Kernel:
 
     @property
     def _algorithm(self) -> Any:
+        import blackjax  # here, because importing it starts JAX's backend
+
         return getattr(blackjax, self.name)
 
     def init(self, position: Any, log_density: LogDensity) -> Any:
@@ -31,6 +30,9 @@ class Kernel:
 
     def warm_up(self, key: Any, position: Any, log_density: LogDensity, num_steps: int) -> tuple[Any, dict[str, Any]]:
         """Adapt step size and mass matrix in windows as Stan does; return the state and the parameters."""
+        import blackjax
+        import blackjax.adaptation.base as adaptation_base
+
         adaptation: Any = blackjax.window_adaptation(
             self._algorithm,
             log_density,

@@ -105,7 +105,7 @@ def particle_filter(
         (3, 100)
     """
     check_key(key)
-    if num_particles < 1 or not 0.0 <= ess_threshold <= 1.0:
+    if not isinstance(num_particles, int) or num_particles < 1 or not 0.0 <= ess_threshold <= 1.0:
         raise ValueError(
             f"need num_particles >= 1 and 0 <= ess_threshold <= 1, got {num_particles} and {ess_threshold}."
         )

@@ -35,7 +35,8 @@ def resample(
         key: a typed key.
         log_weights: unnormalised log weights; a weight of minus infinity is never chosen.
         num: how many indices; by default as many as there are weights.
-        method: `"systematic"` (one uniform; counts within one of $n W_i$), `"stratified"` or `"multinomial"`.
+        method: `"systematic"` (one uniform; counts within one of $n W_i$, up to the
+            rounding of the cumulated weights), `"stratified"` or `"multinomial"`.
 
     Returns:
         Increasing indices.

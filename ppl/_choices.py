@@ -73,7 +73,10 @@ def check_values(table: Choices, values: Any, what: str, where: str, complete: b
 
 def check_value(path: str, entry: Entry, value: Any, what: str, where: str) -> jax.Array:
     """Return one value as an array of its site's dtype, or raise."""
-    shape = np.shape(value)
+    try:
+        shape = np.shape(value)
+    except ValueError as error:
+        raise ShapeError(f"{what} at {where}: site {path!r} has shape {entry.shape}, the value is ragged.") from error
     if shape != entry.shape:
         raise ShapeError(
             f"{what} at {where}: site {path!r} has shape {entry.shape} but the value has shape {shape} "
@@ -89,6 +92,13 @@ def check_value(path: str, entry: Entry, value: Any, what: str, where: str) -> j
                 f"{what} at {where}: site {path!r} is discrete ({entry.dtype}) but the value is {dtype}"
                 f"{'' if not known else ' and not whole'}. Give integers, for instance value.astype(int)."
             )
+    if (
+        known
+        and dtype.kind in "iu"
+        and entry.dtype.kind == "i"
+        and np.any(np.asarray(value) > np.iinfo(entry.dtype).max)
+    ):
+        raise SupportError(f"{what} at {where}: site {path!r} holds {entry.dtype}; the value is too large for it.")
     if known:
         _check_support(path, entry, np.asarray(value), what, where)
     return jnp.asarray(value).astype(entry.dtype)
@@ -103,10 +113,10 @@ def _shape_hint(entry: Entry, shape: tuple[int, ...]) -> str:
 
 
 def _check_support(path: str, entry: Entry, value: np.ndarray, what: str, where: str) -> None:
-    """Check known values against a support that does not depend on the site's parameters."""
+    """Check known values against the support, where that is known too."""
     if np.issubdtype(value.dtype, np.floating) and np.isnan(value).any():
         raise SupportError(f"{what} at {where}: site {path!r} is given nan ({int(np.isnan(value).sum())} values).")
-    support = static_support(entry)
+    support = entry.site.support
     if support is None or whole_space(support) or not value.size:
         return
     with jax.ensure_compile_time_eval():
@@ -117,18 +127,3 @@ def _check_support(path: str, entry: Entry, value: np.ndarray, what: str, where:
             f"{what} at {where}: site {path!r} takes values in {support}, but the value at index "
             f"{tuple(int(i) for i in first)} is {value[tuple(first)]} (site at {entry.site.where})."
         )
-
-
-def static_support(entry: Entry) -> Any | None:
-    """Return the support of a site if it is the same whatever the parameters are, else None."""
-    return _static_support(entry.site.distribution([None] * entry.site.structure.num_leaves))
-
-
-def _static_support(d: dist.Distribution) -> Any | None:
-    if isinstance(d, dist.ExpandedDistribution):
-        return _static_support(d.base_dist)
-    if isinstance(d, dist.Independent):
-        base = _static_support(d.base_dist)
-        return None if base is None else constraints.independent(base, d.reinterpreted_batch_ndims)
-    support = getattr(type(d), "support", None)
-    return support if isinstance(support, constraints.Constraint) and not isinstance(support, property) else None

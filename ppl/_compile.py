@@ -164,17 +164,25 @@ def _walk_object(value: Any, seen: _Seen, data: bool) -> Any:
     if dataclasses.is_dataclass(value) and kind.__hash__ is not None and kind.__hash__ is not object.__hash__:
         return (kind, *(_walk(getattr(value, f.name), seen, False) for f in dataclasses.fields(value)))
     transparent = not _library(kind.__module__) or isinstance(value, types.SimpleNamespace) or hasattr(value, "_state")
-    if not transparent or not hasattr(value, "__dict__"):
+    if not transparent:
         return _Identity(value)
-    state = getattr(value, "_state", lambda: vars(value))()
+    state = getattr(value, "_state", lambda: _attributes(value))()
     return (_Identity(value), _walk(kind, seen, False), _walk(state, seen, False))
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return an object's attributes, those in slots too."""
+    slots = (n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ()))
+    return {n: getattr(value, n) for n in slots if hasattr(value, n)} | getattr(value, "__dict__", {})
 
 
 def _walk_class(kind: type, seen: _Seen) -> Any:
     """Walk the methods and values of a class of the user's own."""
     if _library(kind.__module__):
         return kind
-    members = [(n, v) for n, v in vars(kind).items() if not n.startswith("__") or n in ("__call__", "__init__")]
+    owners = [c for c in kind.__mro__ if not _library(c.__module__)]
+    found = [item for c in owners for item in vars(c).items()]
+    members = [(n, v) for n, v in found if not n.startswith("__") or n in ("__call__", "__init__")]
     return (kind, *((n, _walk(v, seen, False)) for n, v in members))
 
 
@@ -187,12 +195,17 @@ def _walk_function(function: types.FunctionType, seen: _Seen) -> Any:
         return _with_cells(function, seen)
     used = sorted(_names(function.__code__))
     state = [(n, _walk(function.__globals__[n], seen, False)) for n in used if n in function.__globals__]
+    imported = [sys.modules[n] for n in used if n in sys.modules and n not in function.__globals__]
     modules = [m for n in used if isinstance(m := function.__globals__.get(n), types.ModuleType)]
-    for module in modules:
-        if not _library(module.__name__):
-            state += [
-                (f"{module.__name__}.{n}", _walk(vars(module)[n], seen, False)) for n in used if n in vars(module)
-            ]
+    while modules or imported:
+        module = (modules or imported).pop()
+        if _library(module.__name__):
+            continue
+        for n in (n for n in used if n in vars(module)):
+            value = vars(module)[n]
+            if isinstance(value, types.ModuleType):
+                modules.append(value)
+            state.append((f"{module.__name__}.{n}", _walk(value, seen, False)))
     return (_with_cells(function, seen), tuple(state))
 
 

@@ -177,8 +177,9 @@ def site_table(jaxpr: Any, times: tuple[int, ...] = ()) -> dict[str, Any]:
         for address, entry in _entries(eqn, times).items():
             if address in table:
                 first, second = _where(table[address]), _where(entry)
+                again = " (a loop? use jax.vmap or lax.scan, or an f-string address)" if first == second else ""
                 raise AddressError(
-                    f"address {address!r} is used twice in one model: at {first} and at {second}. Give each site of a "
+                    f"address {address!r} is used twice in one model: at {first} and at {second}{again}. Give each site of a "
                     "model its own address, or call a nested model at an address of its own."
                 )
             table[address] = entry

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ._choices import leaves_of
 from ._errors import AddressError, ShapeError, SupportError, nearest
 from ._evaluate import Entry
@@ -44,7 +42,7 @@ def _check_site(path: str, guide: Entry, model: Entry, covering: bool) -> None:
             f"site {path!r} has shape {guide.shape} in the guide (at {guide.site.where}) but {model.shape} in the "
             f"model (at {model.site.where})."
         )
-    inner, outer = support_of(guide), support_of(model)
+    inner, outer = guide.site.support, model.site.support
     if inner is None or outer is None:
         return
     if not contains(outer, inner):
@@ -57,11 +55,3 @@ def _check_site(path: str, guide: Entry, model: Entry, covering: bool) -> None:
             f"site {path!r}: the proposal's support {inner} (at {guide.site.where}) does not cover the model's {outer} "
             f"(at {model.site.where}), so importance weights would be biased."
         )
-
-
-def support_of(entry: Entry) -> Any | None:
-    """Return a site's support, with None for what its parameters would have to tell."""
-    try:
-        return entry.site.distribution([None] * entry.site.structure.num_leaves).support
-    except Exception:  # the support needs the parameters' values
-        return None

@@ -255,6 +255,12 @@ class Model:
         """Bind the model to its arguments."""
         return Program.bind(self, args, kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """Say what to do when a program's method is asked of the model."""
+        if name in ("simulate", "assess", "generate", "given", "sites"):
+            raise AttributeError(f"{self!r} is not bound to its arguments yet: write model(...).{name}(...).")
+        raise AttributeError(f"a model has no attribute {name!r}.")
+
     def _state(self) -> Any:
         """What a compiled program depends on; see `_compile`."""
         return self.function

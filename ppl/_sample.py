@@ -17,6 +17,7 @@ from . import _jax
 from ._distribution import Lane, draw_type, flatten, lane_shape, over, rebuild
 from ._errors import AddressError, ControlFlowError, DistributionError, OutsideModelError, ShapeError
 from ._nesting import nested_program
+from ._support import known_support
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Site:
     dtype: Any
     gradient: Any = None
     where: str = dataclasses.field(default="unknown", compare=False)
+    support: Any = dataclasses.field(default=None, compare=False)  # None where it depends on traced parameters
 
     @property
     def value_shape(self) -> tuple[int, ...]:
@@ -101,7 +103,8 @@ def sample(address: str, distribution: Any, *, gradient: Any = None) -> Any:
         )
     leaves, structure = flatten(distribution)
     one = draw_type(structure, leaves)
-    site = Site(address, structure, (), one.shape, jnp.dtype(one.dtype), gradient, where)
+    support = known_support(distribution)
+    site = Site(address, structure, (), one.shape, jnp.dtype(one.dtype), gradient, where, support)
     return sample_p.bind(*leaves, site=site)
 
 

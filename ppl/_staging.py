@@ -55,7 +55,10 @@ def stage(program: Program) -> Staged:
 def check_key(key: Any) -> None:
     """Refuse what is not one typed key."""
     if not jnp.issubdtype(getattr(key, "dtype", bool), jax.dtypes.prng_key):
-        raise TypeError(f"expected a typed key from jax.random.key(seed), got {type(key).__name__}.")
+        raise TypeError(
+            f"expected a typed key, got {type(key).__name__}{getattr(key, 'shape', '')}. Write jax.random.key(seed) "
+            "instead of jax.random.PRNGKey(seed)."
+        )
     if key.shape != ():
         raise TypeError(f"expected one key, got an array of keys of shape {key.shape}: use jax.vmap over keys.")
 

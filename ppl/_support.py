@@ -20,16 +20,36 @@ def whole_space(support: Any) -> bool:
     return isinstance(support, (type(constraints.real), type(constraints.dependent)))
 
 
-def density_in_support(d: dist.Distribution, value: Any, terms: Callable[[dist.Distribution, Any], Any]) -> Any:
-    """Return `terms(d, value)`, with minus infinity outside the support and a gradient without nan there.
+def known_support(d: dist.Distribution) -> Any | None:
+    """Return the support, or None where its bounds are being traced."""
+    try:
+        support = d.support
+    except Exception:  # a support that only the parameters' values would tell
+        return None
+    return None if any(_jax.is_traced(b) for b in bounds_of(support)) else support
 
-    A masked entry counts nothing, whatever its value.
+
+def bounds_of(support: Any) -> list[Any]:
+    """Return the bounds that a support has."""
+    base = _elementwise(support)
+    found = (getattr(base, name, None) for name in ("lower_bound", "upper_bound"))
+    return [bound for bound in found if bound is not None]
+
+
+def density_in_support(
+    d: dist.Distribution, value: Any, terms: Callable[[dist.Distribution, Any], Any]
+) -> tuple[Any, Any]:
+    """Return `terms(d, value)` and the value to go on with.
+
+    Outside the support the density is minus infinity, and the run goes on with some value inside, so that neither the
+    sites that depend on it nor the gradient become nan. A masked entry counts nothing, whatever its value.
     """
     if isinstance(d, dist.MaskedDistribution):
-        return jnp.where(d._mask, density_in_support(d.base_dist, value, terms), 0.0)
+        found, safe = density_in_support(d.base_dist, value, terms)
+        return jnp.where(d._mask, found, 0.0), safe
     support = d.support
     if support is None or whole_space(support):
-        return terms(d, value)
+        return terms(d, value), value
     inside = support(value)
     event = support.event_dim
     mask = jnp.reshape(inside, jnp.shape(inside) + (1,) * event)
@@ -37,7 +57,7 @@ def density_in_support(d: dist.Distribution, value: Any, terms: Callable[[dist.D
     found = terms(d, safe)
     while jnp.ndim(inside) > jnp.ndim(found):
         inside = jnp.all(inside, axis=-1)
-    return jnp.where(inside, found, -jnp.inf)
+    return jnp.where(inside, found, -jnp.inf), safe
 
 
 def transform_of(d: dist.Distribution) -> Any:
@@ -82,6 +102,6 @@ def _interval(support: Any) -> tuple[Any, Any] | None:
 
 
 def _not_above(a: Any, b: Any) -> bool:
-    if _jax.is_traced(a) or _jax.is_traced(b):
+    if a is None or b is None or _jax.is_traced(a) or _jax.is_traced(b):
         return True
     return bool(np.all(np.asarray(a) <= np.asarray(b)))

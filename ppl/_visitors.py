@@ -35,11 +35,12 @@ def draw_site(site: Site, leaves: Any, source: Any) -> Array:
     return lanes_of(site, one, source.values, leaves=leaves)
 
 
-def scored(site: Site, leaves: Any, value: Any) -> Array:
-    """Return the log density of a value from outside: minus infinity where it is not in the support."""
+def scored(site: Site, leaves: Any, value: Any) -> tuple[Array, Array]:
+    """Return the log density of a value from outside, and the value to go on with; see `density_in_support`."""
 
-    def one(value: Any, leaves: Any) -> Array:
-        return jnp.sum(density_in_support(site.distribution(leaves), value, site.terms))
+    def one(value: Any, leaves: Any) -> tuple[Array, Array]:
+        terms, safe = density_in_support(site.distribution(leaves), value, site.terms)
+        return jnp.sum(terms), safe
 
     return lanes_of(site, one, value, leaves=leaves)
 
@@ -49,21 +50,22 @@ def generating(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
     if given is None:
         value = draw_site(site, leaves, source)
         return Visit(value, value, site.log_density(value, leaves), 0.0)
-    log_density = scored(site, leaves, given)
-    return Visit(given, given, log_density, log_density)
+    log_density, safe = scored(site, leaves, given)
+    return Visit(safe, given, log_density, log_density)
 
 
 def assessing(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
     """Score the given value (`assess`)."""
     del source
-    return Visit(given, given, scored(site, leaves, given), 0.0)
+    log_density, safe = scored(site, leaves, given)
+    return Visit(safe, given, log_density, 0.0)
 
 
 def recording(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
     """Score the given value and record the score in its place."""
     del source
-    log_density = scored(site, leaves, given)
-    return Visit(given, log_density, log_density, 0.0)
+    log_density, safe = scored(site, leaves, given)
+    return Visit(safe, log_density, log_density, 0.0)
 
 
 def rebinding(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
@@ -83,7 +85,8 @@ def constraining(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
     """Map an unconstrained value into the support; the weight is the log Jacobian."""
     del source
     if isinstance(given, Observed):
-        return Visit(given.value, given.value, scored(site, leaves, given.value), 0.0)
+        log_density, safe = scored(site, leaves, given.value)
+        return Visit(safe, given.value, log_density, 0.0)
 
     def one(unconstrained: Any, leaves: Any) -> Any:
         transform = transform_of(site.distribution(leaves))

@@ -70,7 +70,7 @@ def fit(
 
     Args:
         objective: what to maximise.
-        params: initial parameters, a pytree; entries that are not floats stay as they are.
+        params: initial parameters, a pytree (an equinox module, a dict); entries that are not floats stay as they are.
         optimizer: any `optax` optimiser (it is given the gradient of minus the objective).
         key: a typed key; step `i` uses `jax.random.fold_in(key, i)`.
         num_steps: number of steps.
@@ -84,6 +84,7 @@ def fit(
         A `Fit`.
 
     Raises:
+        TypeError: no parameter is a float.
         NonFiniteError: with `on_nonfinite="raise"`; its `result` is the `Fit` up to there.
         AddressError, ShapeError, SupportError, StrategyError: the objective is malformed.
 
@@ -106,33 +107,35 @@ def fit(
         raise ValueError(f"num_steps and num_samples must be at least 1, got {num_steps} and {num_samples}.")
     length, count = chunks(num_steps)
     rule, stop = Static(optimizer), on_nonfinite != "skip"
-    state = _start(rule, as_data(params), count * length, stop)
+    trained, rest = eqx.partition(as_data(params), eqx.is_inexact_array)
+    if not jax.tree.leaves(trained):
+        raise TypeError("vi.fit: no parameter is a float array, so there is nothing to fit. Write 0.0 instead of 0.")
+    state = _start(rule, trained, count * length, stop)
     with progress_bar(num_steps, "fit", progress) as advance:
         for chunk in range(count):
             start = chunk * length
             end = min(start + length, num_steps)
-            state = _run(objective, rule, state, key, jnp.asarray([start, end], jnp.int32), num_samples, stop)
+            state = _run(objective, rule, state, rest, key, jnp.asarray([start, end], jnp.int32), num_samples, stop)
             if progress:
                 advance(end - start, f"objective {float(jnp.nanmean(state.values[start:end])):.3f}")
             if stop and int(state.bad) >= 0:
                 break
-    return _finish(objective, state, key, num_steps, num_samples, on_nonfinite)
+    return _finish(objective, state, rest, key, num_steps, num_samples, on_nonfinite)
 
 
 @compiled
 def _start(rule: Static, params: Any, size: int, stop: bool) -> _Progress:
-    differentiable, _ = eqx.partition(params, eqx.is_inexact_array)
     values = jnp.full(size + _BLOCK, jnp.nan, jnp.result_type(float))
     none = jnp.asarray(-1, jnp.int32)
     bad_params, skipped = (None, None) if stop else (params, jnp.asarray(0, jnp.int32))
-    state = _Progress(params, rule.value.init(differentiable), values, none, bad_params, skipped)
+    state = _Progress(params, rule.value.init(params), values, none, bad_params, skipped)
     # strong dtypes from the start, so that the first chunk and the later ones are one program
     return jax.tree.map(lambda x: lax.convert_element_type(x, x.dtype) if eqx.is_array(x) else x, state)
 
 
 @compiled
 def _run(
-    objective: Objective, rule: Static, state: _Progress, key: Any, span: Any, num_samples: int, stop: bool
+    objective: Objective, rule: Static, state: _Progress, rest: Any, key: Any, span: Any, num_samples: int, stop: bool
 ) -> _Progress:
     """Do the steps of a span; with `stop` the loop ends at the first step that is not finite.
 
@@ -147,7 +150,7 @@ def _run(
     def one(carry: tuple[Any, _Progress], first: Any) -> tuple[Any, _Progress]:
         step, state = carry
         key_step = jax.random.fold_in(key, step)
-        return step + 1, _step(objective, rule.value, state, step, step - first, key_step, num_samples)
+        return step + 1, _step(objective, rule.value, state, rest, step, step - first, key_step, num_samples)
 
     def block(carry: tuple[Any, _Progress]) -> tuple[Any, _Progress]:
         first, state = carry
@@ -161,13 +164,12 @@ def _run(
 
 
 def _step(
-    objective: Objective, optimizer: Any, state: _Progress, step: Any, slot: Any, key: Any, num_samples: int
+    objective: Objective, optimizer: Any, state: _Progress, rest: Any, step: Any, slot: Any, key: Any, num_samples: int
 ) -> _Progress:
-    value, gradient = gradient_step(objective, state.params, key, num_samples)
-    ascent = jax.tree.map(jnp.negative, gradient)
-    differentiable, rest = eqx.partition(state.params, eqx.is_inexact_array)
-    updates, optimizer_state = optimizer.update(ascent, state.optimizer_state, differentiable)
-    params = eqx.combine(optax.apply_updates(differentiable, updates), rest)
+    value, gradient = gradient_step(objective, eqx.combine(state.params, rest), key, num_samples)
+    descent = jax.tree.map(jnp.negative, gradient)
+    updates, optimizer_state = optimizer.update(descent, state.optimizer_state, state.params)
+    params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(value)
     for leaf in jax.tree.leaves(gradient):
         finite &= jnp.all(jnp.isfinite(leaf))
@@ -187,16 +189,16 @@ def _step(
 
 
 def _finish(
-    objective: Objective, state: _Progress, key: Any, num_steps: int, num_samples: int, on_nonfinite: str
+    objective: Objective, state: _Progress, rest: Any, key: Any, num_steps: int, num_samples: int, on_nonfinite: str
 ) -> Fit:
     bad = int(state.bad)
     done = num_steps if bad < 0 or on_nonfinite == "skip" else bad
     skipped = int(bad >= 0) if state.skipped is None else int(state.skipped)
-    result = Fit(state.params, state.values[:num_steps], done, state.optimizer_state, skipped)
+    result = Fit(eqx.combine(state.params, rest), state.values[:num_steps], done, state.optimizer_state, skipped)
     if bad < 0:
         return result
     at = state.params if state.bad_params is None else state.bad_params
-    site = first_nonfinite(objective, at, jax.random.fold_in(key, bad), num_samples)
+    site = first_nonfinite(objective, eqx.combine(at, rest), jax.random.fold_in(key, bad), num_samples)
     where = f"first at site {site!r}" if site else "though every site is finite: see the objective's own arithmetic"
     message = (
         f"vi.fit: the objective or its gradient was not finite at step {bad} of {num_steps}, {where}. "

@@ -81,6 +81,8 @@ class Objective:
         def run(*leaves: Any) -> Any:
             captured, params = eqx.combine(jax.tree.unflatten(structure, leaves), static)
             value = self.function(*captured, params)
+            if value is None:
+                raise TypeError(f"{self!r} returned None: it lacks a return.")
             if jnp.shape(value) != ():
                 raise ShapeError(f"{self!r} must return a scalar, but returned shape {jnp.shape(value)}.")
             return jnp.asarray(value, jnp.result_type(float))
@@ -88,8 +90,10 @@ class Objective:
         return flatten(jax.make_jaxpr(run)(*leaves), leaves), leaves
 
     def __repr__(self) -> str:
-        """Show the objective by its name."""
-        return f"<objective {getattr(self.function, '__name__', '?')}>"
+        """Show the objective by its name and place."""
+        code = getattr(self.function, "__code__", None)
+        place = f" at {code.co_filename}:{code.co_firstlineno}" if code else ""
+        return f"<objective {getattr(self.function, '__name__', '?')}{place}>"
 
 
 def objective(function: Callable[[Any], Any]) -> Objective:

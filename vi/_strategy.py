@@ -18,6 +18,7 @@ from numpyro import distributions as dist
 
 from expectax.ppl import StrategyError, _jax
 from expectax.ppl._sample import Site
+from expectax.ppl._support import bounds_of
 
 MAX_ENUMERATED = 4096
 """The most joint values that `Enum` sites of one objective may be enumerated over."""
@@ -45,7 +46,8 @@ class Reparam:
 class Reinforce:
     r"""Score-function estimator: the costs that depend on $x$ are multiplied by $p(x;\theta) / \text{sg}\,p(x;\theta)$.
 
-    Works for any distribution (Williams 1992; in the form of Foerster et al. 2018, right to every order).
+    Works for any distribution whose support does not move with the parameters (Williams 1992; in the form of Foerster
+    et al. 2018, right to every order).
 
     Attributes:
         baseline: `"leave-one-out"` subtracts the mean cost of the other samples (needs `num_samples > 1`, else nothing
@@ -64,7 +66,7 @@ class Reinforce:
 class Enum:
     r"""Sum the rest of the program over the site's finite support: $\sum_i p(x_i;\theta)\, k(x_i)$.
 
-    No variance from this site. Lanes, batch elements and scan steps are enumerated jointly (K values and n elements
+    No variance from this site. A value of probability exactly 0 is left out, with its derivative. Lanes, batch elements and scan steps are enumerated jointly (K values and n elements
     cost $K^n$ runs, at most 4096 in one objective).
 
     Example:
@@ -130,6 +132,11 @@ def joint_support(site: Site, leaves: Any) -> Array:
     return jnp.asarray(single[index].reshape(len(index), *site.value_shape), site.dtype)
 
 
+def _moving(bound: Any) -> bool:
+    """Tell whether a bound of a support may have a derivative."""
+    return _jax.is_traced(bound) and jnp.issubdtype(jnp.result_type(bound), jnp.inexact)
+
+
 def resolve(site: Site, leaves: Any, enumerated: int, repeats: int = 1) -> Strategy:
     """Return the strategy of a site: the user's, checked, or the default.
 
@@ -138,6 +145,7 @@ def resolve(site: Site, leaves: Any, enumerated: int, repeats: int = 1) -> Strat
     before; `repeats` the scan steps.
     """
     d = site.distribution([None] * site.structure.num_leaves)
+    d_known = site.distribution(leaves)
     asked, size = site.gradient, joint_size(site, leaves, repeats)
     place = f"site {site.address!r} at {site.where}"
     if asked is None:
@@ -146,6 +154,11 @@ def resolve(site: Site, leaves: Any, enumerated: int, repeats: int = 1) -> Strat
         return Enum() if size is not None and size * enumerated <= SMALL_SUPPORT else Reinforce()
     if isinstance(asked, Reparam) and not d.has_rsample:
         raise StrategyError(f"{place}: {type(d).__name__} has no differentiable sampler. Use vi.Reinforce().")
+    if isinstance(asked, Reinforce) and any(_moving(b) for b in bounds_of(d_known.support)):
+        raise StrategyError(
+            f"{place}: the support of {type(d).__name__} depends on its parameters, so the score-function estimator "
+            "would be biased. Use vi.Reparam()."
+        )
     if isinstance(asked, Enum) and size is None:
         raise StrategyError(f"{place}: {type(d).__name__} has no finite support to enumerate. Use vi.Reinforce().")
     if isinstance(asked, Enum) and size is not None and size * enumerated > MAX_ENUMERATED:

@@ -96,20 +96,17 @@ def test_moments_of_conjugate_posteriors(name):
 
 @ppl.model
 def narrow():
-    """Two posteriors so narrow that the unadapted step of 0.1 is often rejected."""
+    """A posterior so narrow that the unadapted step of 0.1 is often rejected."""
     rate = ppl.sample("rate", dist.Gamma(2.0, 0.5))
     ppl.sample("count", dist.Poisson(100.0 * rate))
-    p = ppl.sample("p", dist.Beta(2.0, 3.0))
-    ppl.sample("heads", dist.Binomial(1500, p))
 
 
-NARROW_POSTERIOR = narrow().given({"count": 300, "heads": 900})
-NARROW = {"rate": stats.gamma(302.0, scale=1 / 100.5), "p": stats.beta(902.0, 603.0)}
+NARROW_POSTERIOR, NARROW = narrow().given({"count": 300}), stats.gamma(302.0, scale=1 / 100.5)
 
 
 @pytest.mark.parametrize("kernel", [inference.nuts(), inference.hmc(num_integration_steps=5)], ids=["nuts", "hmc"])
 def test_exact_draws_stay_exact(x64, kernel):
-    """Started from exact draws, the ranks of the states after some transitions among all exact draws are uniform."""
+    """Started from exact draws, the ranks of later states (their exact distribution function) are uniform."""
 
     @jax.jit
     @jax.vmap
@@ -117,15 +114,13 @@ def test_exact_draws_stay_exact(x64, kernel):
         chain = inference.mcmc(
             NARROW_POSTERIOR, kernel, key=key, num_warmup=0, num_samples=4, num_chains=1, initial=initial
         )
-        return jax.tree.map(lambda v: v[0, -1], chain.choices), chain.statistics["acceptance_rate"].mean()
+        return chain.choices["rate"][0, -1], chain.statistics["acceptance_rate"].mean()
 
     def ranks(key, n):
-        rng = np.random.default_rng(int(jax.random.bits(key)))
-        exact = {name: jnp.asarray(law.rvs(n, random_state=rng)) for name, law in NARROW.items()}
-        last, acceptance = moved(jax.random.split(key, n), exact)
-        assert 0.3 < acceptance.mean() < 0.95
-        assert (np.asarray(last["rate"]) != np.asarray(exact["rate"])).mean() > 0.5
-        return np.stack([law.cdf(last[name]) for name, law in NARROW.items()], 1)
+        exact = jnp.asarray(NARROW.rvs(n, random_state=np.random.default_rng(int(jax.random.bits(key)))))
+        last, acceptance = moved(jax.random.split(key, n), {"rate": exact})
+        assert 0.3 < acceptance.mean() < 0.95 and (last != exact).mean() > 0.5
+        return NARROW.cdf(np.asarray(last))
 
     two_stage_uniform(ranks, KEY, 4000)
 
@@ -185,18 +180,13 @@ def test_statistics(x64):
 @pytest.mark.filterwarnings("ignore:mcmc.*diverged")
 def test_no_warmup_starts_at_initial():
     still = inference.hmc(num_integration_steps=1)
-    initial = {"rate": 20.0, "p": 0.9}
     chains = inference.mcmc(
-        NARROW_POSTERIOR, still, key=KEY, num_warmup=0, num_samples=1, num_chains=3, initial=initial
+        NARROW_POSTERIOR, still, key=KEY, num_warmup=0, num_samples=1, num_chains=3, initial={"rate": 20.0}
     )
     np.testing.assert_array_equal(chains.step_size, np.full(3, 0.1, np.float32))
-    np.testing.assert_array_equal(chains.inverse_mass_matrix, np.ones((3, 2)))
-    rejected = np.asarray(chains.statistics["acceptance_rate"]) < 1e-6
-    start = {"rate": np.full((3, 1), 20.0), "p": np.full((3, 1), 0.9)}
-    assert rejected.any()  # so far from the posterior a step of 0.1 overshoots, and the chain stays where it was put
-    jax.tree.map(
-        lambda v, s: np.testing.assert_allclose(np.asarray(v)[rejected], s[rejected], rtol=1e-4), chains.choices, start
-    )
+    np.testing.assert_array_equal(chains.inverse_mass_matrix, np.ones((3, 1)))
+    assert (np.asarray(chains.statistics["acceptance_rate"]) < 1e-6).all()  # so far out a step of 0.1 overshoots
+    np.testing.assert_allclose(chains.choices["rate"], np.full((3, 1), 20.0), rtol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", [inference.nuts(), inference.hmc()], ids=["nuts", "hmc"])
