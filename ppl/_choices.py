@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro import distributions as dist
-from numpyro.distributions import constraints
 
 from . import _jax
 from ._errors import AddressError, ShapeError, SupportError, nearest
