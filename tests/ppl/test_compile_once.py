@@ -185,16 +185,13 @@ SEEN = {
     "attribute of a class": (lambda: at(Settings.default), lambda: setattr(Settings, "default", 2.0)),
     "global of a method": (lambda: at(SETTINGS[0].global_number()), set_global("NUMBER", 2.0)),
     "deque": (lambda: at(DEQUE[0]), lambda: DEQUE.__setitem__(0, 2.0)),
-}  # fmt: skip
-UNSEEN = {  # stated in docs/language.md
     "attribute of a module in a module": (lambda: at(MODULE.inner.a), lambda: setattr(MODULE.inner, "a", 2.0)),
 }  # fmt: skip
-DEFECT = pytest.mark.xfail(strict=True, reason="the fingerprint does not see this state: the old number is given")
 
 
-@pytest.mark.parametrize("name", [*SEEN, *(pytest.param(name, marks=DEFECT) for name in UNSEEN)])
+@pytest.mark.parametrize("name", SEEN)
 def test_changed_state_compiles_again(name, monkeypatch):
-    function, change = (SEEN | UNSEEN)[name]
+    function, change = SEEN[name]
     monkeypatch.setitem(globals(), "NUMBER", 1.0)
     model = ppl.model(function)
     old, again = draw(model(), KEYS[0]), draw(model(), KEYS[1])
