@@ -11,7 +11,7 @@ LogDensity = Callable[[Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Hamiltonian kernel and its warm-up; made by `nuts` or `hmc`."""
+    """A Hamiltonian kernel and its warm-up; made by `nuts` or `hmc`. Example: see `nuts`."""
 
     name: Literal["nuts", "hmc"]
     target_acceptance: float

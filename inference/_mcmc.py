@@ -30,6 +30,8 @@ _TRIES = 100
 class Chains(eqx.Module):
     """Draws of several chains.
 
+    Example: see `mcmc`.
+
     Attributes:
         choices: nested dict of latents, shape `(num_chains, num_samples, ...)`.
         statistics: `divergent` (bool), `acceptance_rate`, `num_integration_steps`, `energy`, `log_density` of the

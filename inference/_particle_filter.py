@@ -32,6 +32,8 @@ from ._weights import effective_sample_size, log_mean_exp
 class Filtered(eqx.Module):
     r"""The result of a particle filter.
 
+    Example: see `particle_filter`.
+
     Attributes:
         particles: whole trajectories with their final weights: $p(x_{1:T} \mid y_{1:T})$. Scanned choices have shape
             `(num_particles, T, ...)`. Early times have few distinct ancestors.
@@ -236,7 +238,7 @@ def _steps(
     common = {m: shared.read(scan.invars[m]) for m in inputs_of if m not in state.own}
     given = {a: posterior.observations[a] for a in site_table(body) if a in posterior.observations}
     times = jnp.arange(length)[:: -1 if scan.params["reverse"] else 1]
-    ordered = jax.tree.map(lambda v: v[times], ({m: v for m, v in common.items() if m >= first_x}, given))
+    ordered = jax.tree.map(lambda v: jnp.asarray(v)[times], ({m: v for m, v in common.items() if m >= first_x}, given))
 
     def step(state: _State, inputs: Any) -> tuple[_State, _Steps]:
         key, time, (xs, step_given) = inputs

@@ -17,6 +17,8 @@ from ._weights import effective_sample_size, log_mean_exp, normalized_weights
 class Particles(eqx.Module):
     r"""Particles $z_i$ with log weights $w_i$: $\sum_i e^{w_i} f(z_i) / n$ estimates $\int f\,\gamma$ without bias.
 
+    Example: see `importance`.
+
     Attributes:
         choices: nested dict of values, particles first.
         log_weights: shape `(num_particles,)`.

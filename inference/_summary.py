@@ -13,7 +13,7 @@ from expectax.ppl._choices import leaves_of
 
 
 class Row(NamedTuple):
-    """One number's summary."""
+    """One number's summary. Example: see `summarize`."""
 
     mean: float
     sd: float
@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 class Summary(dict[str, Row]):
-    """Name -> `Row`, with names such as `theta[2]`; prints as a table."""
+    """Name -> `Row`, with names such as `theta[2]`; prints as a table. Example: see `summarize`."""
 
     def __str__(self) -> str:
         """Return an aligned table."""

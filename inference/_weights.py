@@ -25,8 +25,8 @@ def normalized_weights(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
     Example:
         >>> import jax.numpy as jnp
         >>> from expectax import inference
-        >>> inference.normalized_weights(jnp.log(jnp.array([1.0, 3.0]))).tolist()
-        [0.25, 0.75]
+        >>> inference.normalized_weights(jnp.array([-7.0, -7.0])).tolist()
+        [0.5, 0.5]
     """
     top = jnp.max(log_weights)
     shifted = jnp.where(jnp.isneginf(top), 0.0, log_weights - jnp.where(jnp.isneginf(top), 0.0, top))

@@ -64,7 +64,7 @@ def local_level(num_years: int, observation_sd: float, level_sd: float) -> Any:
 
 
 class Kalman(NamedTuple):
-    """Exact filtering means and standard deviations, and the exact log evidence."""
+    """Exact filtering means and standard deviations, and the exact log evidence. Example: see `kalman`."""
 
     mean: Float[Array, " years"]
     sd: Float[Array, " years"]

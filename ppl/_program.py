@@ -24,6 +24,8 @@ from ._visitors import assessing, generating, rebinding
 class Trace(eqx.Module):
     """One run of a program: what was chosen, what was returned, and how dense it was.
 
+    Example: see `Program`.
+
     Attributes:
         program: the bound program that ran.
         choices: nested dict of address to value.
@@ -244,7 +246,10 @@ class Program:
 
 
 class Model:
-    """A function with sample sites; calling it binds it to arguments. Made by `expectax.model`."""
+    """A function with sample sites; calling it binds it to arguments. Made by `expectax.model`.
+
+    Example: see `expectax.model`.
+    """
 
     def __init__(self, function: Callable[..., Any]):
         """Wrap a function."""

@@ -72,7 +72,7 @@ def iwelbo(posterior: Posterior, guide: Guide, num_particles: int) -> Objective:
 
     Source: Burda, Grosse and Salakhutdinov 2016.
 
-    Example: as `vi.elbo`, with `vi.iwelbo(posterior, guide, 5)`.
+    Example: see `vi.elbo`, with `vi.iwelbo(posterior, guide, 5)` in its place.
     """
     _check_posterior(posterior)
     if num_particles < 1:

@@ -26,6 +26,8 @@ _BLOCK = 64
 class Fit(eqx.Module):
     """The result of `vi.fit`.
 
+    Example: see `vi.fit`.
+
     Attributes:
         params: the final parameters (the last finite ones).
         values: the objective's estimate at each step done, shape `(num_steps,)`; nan where a step was not done.

@@ -26,7 +26,7 @@ from ._surrogate import Check, surrogate
 class Objective:
     r"""A scalar program $f(\theta)$ whose expectation over its random choices is to be maximised.
 
-    Made by `vi.objective`, or by a shipped objective such as `vi.elbo`.
+    Made by `vi.objective`, or by a shipped objective such as `vi.elbo`. Example: see `vi.objective`.
 
     Attributes:
         function: called as `function(*captured, params)`.
@@ -198,7 +198,10 @@ _compiled_step = compiled(gradient_step)
 
 
 class Estimate(NamedTuple):
-    """A Monte Carlo mean and its standard error."""
+    """A Monte Carlo mean and its standard error.
+
+    Example: see `vi.estimate`.
+    """
 
     mean: Float[Array, ""]
     standard_error: Float[Array, ""]

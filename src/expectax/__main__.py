@@ -22,8 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, default=Path("expectax-output"), help="folder for the figure (default expectax-output)"
     )
     options = parser.parse_args(arguments)
-    if options.out.exists() and not options.out.is_dir():
-        parser.error(f"--out {options.out} is a file, not a folder")
+    existing = next(path for path in (options.out, *options.out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        parser.error(f"--out {options.out}: {existing} is a file, not a folder")
 
     from expectax._demo import run
 
