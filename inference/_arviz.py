@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from expectax.ppl import Posterior
-from expectax.ppl._choices import leaves_of
+from expectax.ppl._nested import leaves_of
 
 if TYPE_CHECKING:
     from ._mcmc import Chains

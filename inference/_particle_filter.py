@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from expectax.ppl import ControlFlowError, Posterior, _jax
 from expectax.ppl._compile import compiled
-from expectax.ppl._evaluate import evaluate, site_table, walk
+from expectax.ppl._evaluate import draws, evaluate, walk
 from expectax.ppl._inline import inline_calls
 from expectax.ppl._sample import sample_p
 from expectax.ppl._sources import sources
 from expectax.ppl._staging import check_key, stage
+from expectax.ppl._table import has_sites, site_table
 from expectax.ppl._visitors import generating
 
 from ._particles import Particles
@@ -137,7 +138,7 @@ def _cut(jaxpr: Any) -> _Cut:
     cut = _Cut([], [], scans[0], [], set())
     for number, eqn in enumerate(jaxpr.eqns):
         touched = any(v in cut.particle for v in eqn.invars if not isinstance(v, _jax.Literal))
-        if number == at or touched or eqn.primitive is sample_p or _jax.holds(eqn, sample_p):
+        if number == at or touched or has_sites(eqn):
             cut.particle.update(eqn.outvars)
             if number != at:
                 (cut.before if number < at else cut.after).append(eqn)
@@ -171,7 +172,7 @@ def _filter(posterior: Posterior, key: Any, num_particles: int, ess_threshold: f
 
     choices = posterior.latents(prefix | scanned | suffix)
     particles = Particles(choices, final.log_weights + extra, final.log_offset)
-    latents = posterior.latents(steps.choices)
+    latents = {a: v for a, v in steps.choices.items() if a not in posterior.observations}
     return Filtered(particles, latents, steps.log_weights, steps.ess, steps.resampled)
 
 
@@ -184,7 +185,7 @@ def _run(
     def particle(own: list[Any], key: Any) -> Any:
         local = _jax.Environment(shared)
         local.update(zip(env, own, strict=True))
-        found = sources(equations, key, lambda site: site.address not in given)
+        found = sources(equations, key, lambda site: draws(given.get(site.address)))
         outcome = walk(equations, local, generating, found, given)
         log_weight = jnp.asarray(outcome.log_weight, jnp.result_type(float))
         return [local[v] for v in names], outcome.choices, log_weight

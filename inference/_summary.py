@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from expectax.ppl._choices import leaves_of
+from expectax.ppl._nested import leaves_of
 
 
 class Row(NamedTuple):

@@ -1,71 +1,108 @@
-"""Changing a trace: `update`, `regenerate`, `project` (Cusumano-Towner et al., PLDI 2019)."""
+r"""Changing a trace: `update`, `regenerate`, `project` (Cusumano-Towner et al., PLDI 2019).
+
+Every old value is offered to the new run as far as it was present in the old one and is not changed; the interpreter
+draws what is left. With $K$ the elements that are kept, the weights come out of two sums over $K$.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 from . import _jax
-from ._choices import Choices, check_values, leaves_of, nested
-from ._errors import AddressError, nearest
-from ._evaluate import Outcome, evaluate
-from ._staging import Staged, stage
-from ._visitors import generating, recording
+from ._choices import check_values
+from ._evaluate import Outcome, Visitor
+from ._masked import Masked, over_base
+from ._nested import Choices, leaves_of, nested
+from ._selection import chosen_by
+from ._staging import Staged, scalar, stage
+from ._visitors import generating, projecting, weighing
 
 if TYPE_CHECKING:
-    from ._program import Program, Trace
+    from ._program import Program
+    from ._trace import Trace
 
 
 def update(trace: Trace, key: Any, constraints: Choices, program: Program) -> tuple[Staged, Outcome, Any, Choices]:
     """Walk the program with the old values where they fit; see `Trace.update`."""
     staged = stage(program)
-    given = dict(leaves_of(check_values(staged.sites, constraints, "update", _jax.caller())))
-    sites, old = dict(leaves_of(staged.sites)), dict(leaves_of(trace.choices))
-    kept = {
-        path: value
-        for path, value in old.items()
-        if path not in given and path in sites and jnp.shape(value) == sites[path].shape
+    given = dict(leaves_of(check_values(staged.table, constraints, "update", _jax.caller())))
+    old = _kept(trace, staged)
+    offered = {path: over_base(given.get(path), old.get(path)) for path in given | old}
+    outcome = staged.run(generating, key, nested(offered.items()))
+    return staged, outcome, scalar(outcome.log_weight) - trace.log_density, _discarded(trace, given, old, outcome)
+
+
+def _kept(trace: Trace, staged: Staged) -> dict[str, Any]:
+    """Return the old values that have a place in a program: masked where not all of them were present."""
+    sites = dict(leaves_of(staged.sites))
+    present = dict(leaves_of(trace.present))
+    return {
+        path: Masked(value, present[path]) if path in present else value
+        for path, value in leaves_of(trace.choices)
+        if path in sites and jnp.shape(value) == sites[path].shape
     }
-    outcome = evaluate(staged.jaxpr, staged.arguments, generating, key, nested((kept | given).items()))
-    discard = nested((path, value) for path, value in old.items() if path not in kept)
-    return staged, outcome, outcome.log_weight - trace.log_density, discard
 
 
-def regenerate(trace: Trace, key: Any, selection: Iterable[str]) -> tuple[Staged, Outcome, Any]:
-    """Walk the program with the selected sites drawn anew; see `Trace.regenerate`."""
+def _discarded(trace: Trace, given: dict[str, Any], kept: dict[str, Any], outcome: Outcome) -> Choices:
+    """Return the old values that were replaced, or whose place is gone."""
+    before, after = dict(leaves_of(trace.present)), dict(leaves_of(outcome.present))
+    discard: dict[str, Any] = {}
+    for path, value in leaves_of(trace.choices):
+        gone = None  # which elements were dropped: None stands for all
+        if path in kept:
+            replaced = given[path].mask if isinstance(given.get(path), Masked) else path in given
+            if replaced is False and path not in before:
+                continue
+            dropped = ~after[path] if path in after else False
+            gone = None if replaced is True else replaced | dropped
+        if path in before:
+            gone = before[path] if gone is None else before[path] & gone
+        discard[path] = value if gone is None else Masked(value, gone)
+    return nested(discard.items())
+
+
+def regenerate(trace: Trace, key: Any, selection: Any) -> tuple[Staged, Outcome, Any]:
+    """Walk the program with the selected elements drawn anew; see `Trace.regenerate`."""
     staged = stage(trace.program)
-    chosen = select(staged.sites, selection, "regenerate")
-    kept = nested((path, value) for path, value in leaves_of(trace.choices) if path not in chosen)
-    outcome = evaluate(staged.jaxpr, staged.arguments, generating, key, kept)
-    before = _scores(trace, lambda path: path not in chosen)
-    return staged, outcome, outcome.log_weight - before
+    chosen = chosen_by(selection, staged.sites, "regenerate")
+    offered = {}
+    for path, value in _kept(trace, staged).items():
+        if chosen[path] is False:
+            offered[path] = value
+        elif chosen[path] is not True:
+            rest = jnp.asarray(~chosen[path])
+            offered[path] = (
+                Masked(value.value, value.mask & rest) if isinstance(value, Masked) else Masked(value, rest)
+            )
+    outcome = staged.run(generating, key, nested(offered.items()))
+    after = dict(leaves_of(outcome.present))
+    kept_in_both = {
+        path: _and(value.mask if isinstance(value, Masked) else True, after.get(path, True))
+        for path, value in offered.items()
+    }
+    return staged, outcome, scalar(outcome.log_weight) - _weight(trace, staged, kept_in_both, weighing)
 
 
-def project(trace: Trace, selection: Iterable[str]) -> Any:
+def _and(a: Any, b: Any) -> Any:
+    return b if a is True else a if b is True else a & b
+
+
+def project(trace: Trace, selection: Any) -> Any:
     """See `Trace.project`."""
-    chosen = select(trace.program.sites(), selection, "project")
-    return _scores(trace, lambda path: path in chosen)
-
-
-def _scores(trace: Trace, wanted: Any) -> Any:
-    """Return the sum of the wanted sites' log densities."""
     staged = stage(trace.program)
-    recorded = evaluate(staged.jaxpr, staged.arguments, recording, given=trace.choices).choices
-    terms = [jnp.sum(value) for path, value in leaves_of(recorded) if wanted(path)]
-    return sum(terms, jnp.zeros((), jnp.result_type(float)))
+    return _weight(trace, staged, chosen_by(selection, staged.sites, "project"), projecting)
 
 
-def select(sites: Choices, selection: Iterable[str], what: str) -> set[str]:
-    """Return the paths of the selected sites; an address of a nested model selects all below it."""
-    if isinstance(selection, str):
-        selection = [selection]
-    paths = [path for path, _ in leaves_of(sites)]
-    chosen: set[str] = set()
-    for name in selection:
-        found = {path for path in paths if path == name or path.startswith(f"{name}/")}
-        if not found:
-            raise AddressError(f"{what} at {_jax.caller()}: the model has no site {name!r}.{nearest(name, paths)}")
-        chosen |= found
-    return chosen
+def _weight(trace: Trace, staged: Staged, wanted: dict[str, Any], visitor: Visitor) -> Any:
+    """Return the sum of the log densities of the wanted elements of a trace."""
+    sites = dict(leaves_of(staged.sites))
+    given = {}
+    for path, value in leaves_of(trace.choices):
+        mask = wanted.get(path, False)
+        if mask is not True:
+            mask = jnp.broadcast_to(jnp.asarray(mask), sites[path].elements)
+            value = Masked(value, mask)
+        given[path] = value
+    return scalar(staged.run(visitor, None, nested(given.items())).log_weight)

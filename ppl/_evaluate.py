@@ -1,7 +1,7 @@
 """The interpreter: one walk over a staged model, with a visitor that says what happens at each site.
 
 `simulate`, `assess`, `generate`, re-binding inside an objective, and the change to unconstrained space differ only in
-the visitor. Control flow is a rule per kind of equation.
+the visitor. Control flow is a rule per kind of equation; branches have theirs in `_evaluate_branch`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 from . import _jax
-from ._errors import AddressError, ControlFlowError
+from ._branch import branches_of, prefix
+from ._errors import ControlFlowError
+from ._masked import Masked
 from ._nesting import scope_address
+from ._observe import deterministic_p
 from ._sample import Site, sample_p
-from ._sources import addresses, sources
+from ._sources import sources
+from ._table import has_sites, site_table, unfollowable
+
+
+class Observed(NamedTuple):
+    """A value that is kept as it is while others change space."""
+
+    value: Array
 
 
 class Visit(NamedTuple):
-    """What a visitor did at a site: `record` enters the choices, the densities have one number per lane."""
+    """What a visitor did at a site: `record` enters the choices, the densities have one number per element or are 0."""
 
     value: Any
     record: Any
@@ -29,54 +40,94 @@ class Visit(NamedTuple):
     log_weight: Any
 
 
+class Visitor(NamedTuple):
+    """`visit(site, leaves, source, given, mask)`: the source of randomness, the given value and the mask may be None.
+
+    `everywhere`: run all branches of a `cond`, with masks, instead of the one that is taken.
+    """
+
+    visit: Callable[[Site, list[Any], Any, Any, Any], Visit]
+    everywhere: bool = False
+
+
 class Outcome(NamedTuple):
-    """The result of a walk: outputs, choices (nested dict), and the two sums over all sites."""
+    """The result of a walk: outputs, nested dicts by address, and the two sums over all sites.
+
+    `present` tells of what stands in branches, or has a mask, which elements count.
+    """
 
     outputs: list[Any]
     choices: dict[str, Any]
     log_density: Any
     log_weight: Any
+    present: dict[str, Any]
+    deterministic: dict[str, Any]
 
 
-Visitor = Callable[[Site, list[Any], Any, Any], Visit]
-"""`visitor(site, leaves, source, given)`: the source of randomness, the given value; either may be None."""
+NOTHING = Outcome([], {}, 0.0, 0.0, {}, {})
 
 
-def evaluate(jaxpr: Any, args: Any, visitor: Visitor, key: Any = None, given: Any = None) -> Outcome:
-    """Walk a jaxpr. `given` is a nested dict shaped like the choices; scanned entries carry a leading time axis."""
+def evaluate(
+    jaxpr: Any, args: Any, visitor: Visitor, key: Any = None, given: Any = None, mask: Any = None
+) -> Outcome:
+    """Walk a jaxpr.
+
+    `given` is a nested dict shaped like the choices; scanned entries carry a leading time axis. `mask` tells in which
+    of the outermost lanes the walk counts.
+    """
     given = given or {}
     equations = _jax.close(jaxpr)[0].eqns
-    found = iter(()) if key is None else sources(equations, key, lambda site: site.address not in given)
-    return _call(jaxpr, args, visitor, found, given)
+    found = iter(()) if key is None else sources(equations, key, lambda site: draws(given.get(site.address)))
+    return _call(jaxpr, args, visitor, found, given, mask)
 
 
-def _call(jaxpr: Any, args: Any, visitor: Visitor, found: Iterator[Any], given: dict[str, Any]) -> Outcome:
+def draws(given: Any) -> bool:
+    """Tell whether a site needs a draw beside what is given."""
+    return given is None or isinstance(given, Masked)
+
+
+def _call(jaxpr: Any, args: Any, visitor: Visitor, found: Iterator[Any], given: dict[str, Any], mask: Any) -> Outcome:
     env, opened = _jax.Environment.of(jaxpr, args), _jax.close(jaxpr)[0]
-    outcome = walk(opened.eqns, env, visitor, found, given)
+    outcome = walk(opened.eqns, env, visitor, found, given, mask)
     return outcome._replace(outputs=[env.read(v) for v in opened.outvars])
 
 
 def walk(
-    equations: Any, env: _jax.Environment, visitor: Visitor, found: Iterator[Any], given: dict[str, Any]
+    equations: Any,
+    env: _jax.Environment,
+    visitor: Visitor,
+    found: Iterator[Any],
+    given: dict[str, Any],
+    mask: Any = None,
 ) -> Outcome:
     """Walk some equations, adding their results to `env`; `found` yields the sources of randomness in order."""
-    total = Outcome([], {}, 0.0, 0.0)
+    total = NOTHING
     for eqn in equations:
         values = [env.read(v) for v in eqn.invars]
         if eqn.primitive is sample_p:
-            outcome = _at_site(eqn, values, visitor, found, given)
-        elif not _jax.holds(eqn, sample_p):
-            outcome = Outcome(_jax.bind(eqn, values), {}, 0.0, 0.0)
+            outcome = _at_site(eqn, values, visitor, next(found, None), given, mask)
+        elif eqn.primitive is deterministic_p:
+            outcome = _record(eqn, values, mask)
+        elif not has_sites(eqn):
+            env.update(zip(eqn.outvars, _jax.bind(eqn, values), strict=True))
+            continue
         else:
-            outcome = _inside(eqn, values, visitor, found, given)
+            outcome = _inside(eqn, values, visitor, found, given, mask)
         env.update(zip(eqn.outvars, outcome.outputs, strict=True))
-        total = Outcome(
-            [],
-            total.choices | outcome.choices,  # `site_table` has seen that the addresses differ
-            plus(total.log_density, outcome.log_density),
-            plus(total.log_weight, outcome.log_weight),
-        )
+        total = joined(total, outcome)
     return total
+
+
+def joined(a: Outcome, b: Outcome) -> Outcome:
+    """Add two parts of a walk; `site_table` has seen that their addresses differ."""
+    return Outcome(
+        [],
+        a.choices | b.choices,
+        plus(a.log_density, b.log_density),
+        plus(a.log_weight, b.log_weight),
+        a.present | b.present,
+        a.deterministic | b.deterministic,
+    )
 
 
 def plus(a: Any, b: Any) -> Any:
@@ -86,120 +137,108 @@ def plus(a: Any, b: Any) -> Any:
     return b if isinstance(a, float) and a == 0.0 else a + b
 
 
-def _total(density: Any) -> Any:
-    return density if isinstance(density, float) else jnp.sum(density)
-
-
-def _at_site(eqn: Any, leaves: Any, visitor: Visitor, found: Iterator[Any], given: dict[str, Any]) -> Outcome:
-    site = eqn.params["site"]
-    visit = visitor(site, leaves, next(found, None), given.get(site.address))
-    log_density = visit.log_density
+def _at_site(eqn: Any, operands: Any, visitor: Visitor, source: Any, given: dict[str, Any], mask: Any) -> Outcome:
+    site, leaves, extras = eqn.params["site"].split(operands)
+    shape = site.element_shape
+    counted = extras.get("mask")
+    if mask is not None:
+        here = jnp.reshape(mask, jnp.shape(mask) + (1,) * (len(shape) - jnp.ndim(mask)))
+        counted = here if counted is None else here & counted
+    own = Observed(extras["value"]) if "value" in extras else given.get(site.address)
+    visit = visitor.visit(site, leaves, source, own, counted)
+    log_density, log_weight = _counted(visit, extras.get("scale"), counted)
     if not isinstance(log_density, float):
-        log_density = _jax.tag(log_density, site.address)
-    return Outcome([visit.value], {site.address: visit.record}, _total(log_density), _total(visit.log_weight))
+        log_density = jnp.sum(_jax.tag(log_density, site.address))
+    log_weight = log_weight if isinstance(log_weight, float) else jnp.sum(log_weight)
+    choices = {} if "value" in extras else {site.address: visit.record}
+    present = {} if counted is None or not choices else {site.address: jnp.broadcast_to(counted, shape)}
+    return Outcome([visit.value], choices, log_density, log_weight, present, {})
 
 
-def _inside(eqn: Any, values: Any, visitor: Visitor, found: Iterator[Any], given: dict[str, Any]) -> Outcome:
-    address = scope_address(eqn)
+def _counted(visit: Visit, scale: Any, mask: Any) -> tuple[Any, Any]:
+    """Scale and mask a site's densities; the weight is the density less that of the proposal, which is not scaled."""
+    log_density, log_weight = visit.log_density, visit.log_weight
+    if scale is not None and not isinstance(log_density, float):
+        more = (scale - 1.0) * log_density
+        log_density, log_weight = log_density + more, log_weight + more
+    if mask is not None:
+        log_density, log_weight = (
+            x if isinstance(x, float) else jnp.where(mask, x, 0.0) for x in (log_density, log_weight)
+        )
+    return log_density, log_weight
+
+
+def _record(eqn: Any, values: Any, mask: Any) -> Outcome:
+    """Keep a deterministic value."""
+    (value,), address = values, eqn.params["site"].address
+    present = {} if mask is None else {address: jnp.broadcast_to(prefix(mask, value), jnp.shape(value))}
+    return NOTHING._replace(outputs=[value], present=present, deterministic={address: value})
+
+
+def _inside(eqn: Any, values: Any, visitor: Visitor, found: Iterator[Any], given: dict[str, Any], mask: Any) -> Outcome:
     inner = _jax.called_jaxpr(eqn)
+    address = scope_address(eqn)
+    if inner is not None and address is None:  # jit and checkpoint only wrap: their sites belong to this scope
+        return _call(inner, values, visitor, found, given, mask)
+    key = next(found, None) if _jax.holds(eqn, sample_p) else None
     if address is not None:
-        key = next(found, None)
-        outcome = evaluate(inner, values, visitor, key, given.get(address))
-        return outcome._replace(choices={address: outcome.choices})
-    if inner is not None:  # jit and checkpoint only wrap: their sites belong to this scope
-        return _call(inner, values, visitor, found, given)
+        outcome = evaluate(inner, values, visitor, key, given.get(address), mask)
+        return outcome._replace(
+            choices={address: outcome.choices} if outcome.choices else {},
+            present={address: outcome.present} if outcome.present else {},
+            deterministic={address: outcome.deterministic} if outcome.deterministic else {},
+        )
+    if (custom := _jax.custom_jaxpr(eqn)) is not None:
+        return _underived(eqn, custom, values, visitor, key, given, mask)
     if eqn.primitive in _jax.SCAN:
-        return _scan(eqn, values, visitor, next(found, None), given)
+        return _scan(eqn, values, visitor, key, given, mask)
+    if branches_of(eqn) is not None:
+        from ._evaluate_branch import evaluate_branches
+
+        return evaluate_branches(eqn, values, visitor, key, given, mask)
     raise unfollowable(eqn)
 
 
-def _scan(eqn: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, Any]) -> Outcome:
+def _scan(eqn: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, Any], mask: Any) -> Outcome:
     """Run a scan whose body has sites: keys and given values become inputs of each step, choices outputs."""
     num_consts, num_carry = _jax.scan_sizes(eqn)
     body, length = eqn.params["jaxpr"], eqn.params["length"]
-    consts, carry, xs = (
-        values[:num_consts],
-        values[num_consts : num_consts + num_carry],
-        values[num_consts + num_carry :],
-    )
+    cut = num_consts + num_carry
+    consts, carry, xs = values[:num_consts], values[num_consts:cut], values[cut:]
     here = {address: given[address] for address in site_table(body) if address in given}
     step_keys = None if key is None else jax.random.split(key, length)
 
     def step(carry: Any, inputs: Any) -> Any:
         step_key, step_given, x = inputs
-        outcome = evaluate(body, [*consts, *carry, *x], visitor, step_key, step_given)
-        out = outcome.outputs
-        return out[:num_carry], (out[num_carry:], outcome.choices, outcome.log_density, outcome.log_weight)
+        outcome = evaluate(body, [*consts, *carry, *x], visitor, step_key, step_given, mask)
+        return outcome.outputs[:num_carry], outcome._replace(outputs=outcome.outputs[num_carry:])
 
-    carry, (ys, choices, log_density, log_weight) = lax.scan(
+    carry, stacked = lax.scan(
         step, carry, (step_keys, here, xs), length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
     )
-    return Outcome([*carry, *ys], choices, jnp.sum(log_density), jnp.sum(log_weight))
-
-
-def unfollowable(eqn: Any) -> ControlFlowError:
-    """Return the error for sites inside an equation that no rule covers."""
-    names = ", ".join(repr(a) for j in _jax.sub_jaxprs(eqn) for a in addresses(j))
-    remedy = {
-        "while": "Use lax.scan with a fixed number of steps.",
-        "cond": "Use jnp.where on the distribution's parameters, or dist.Mixture.",
-    }.get(eqn.primitive.name, "Move the site out of it, or use vmap, scan or jit.")
-    return ControlFlowError(
-        f"site {names} at {_jax.place(eqn)} stands inside {eqn.primitive.name!r}, where sites cannot be followed "
-        f"soundly. {remedy}"
+    return stacked._replace(
+        outputs=[*carry, *stacked.outputs],
+        log_density=jnp.sum(stacked.log_density),
+        log_weight=jnp.sum(stacked.log_weight),
     )
 
 
-# --- the table of sites -----------------------------------------------------------------------------------------
+def _underived(
+    eqn: Any, inner: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, Any], mask: Any
+) -> Outcome:
+    """Run a function with a derivative rule of its own that holds sites: its values are right, its rule is lost."""
 
+    def run(values: Any, key: Any, given: Any, mask: Any) -> Outcome:
+        outcome = evaluate(inner, values, visitor, key, given, mask)
+        return outcome._replace(**{n: jnp.asarray(getattr(outcome, n)) for n in ("log_density", "log_weight")})
 
-class Entry(NamedTuple):
-    """A site and the sizes of the scans around it, outermost first."""
+    underived = jax.custom_jvp(run)
 
-    site: Site
-    times: tuple[int, ...]
+    @underived.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise ControlFlowError(
+            f"the function with sites at {_jax.place(eqn)} has a derivative rule of its own (custom_jvp or custom_vjp), "
+            "which does not speak of its choices; its derivative would be a guess. Take the sites out of it."
+        )
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the site's choice: time axes, lanes, batch, event."""
-        return self.times + self.site.value_shape
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the site's choice."""
-        return self.site.dtype
-
-
-def site_table(jaxpr: Any, times: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Return the nested dict of sites of a scope; refuse a duplicate address and an unfollowable place."""
-    table: dict[str, Any] = {}
-    for eqn in _jax.close(jaxpr)[0].eqns:
-        for address, entry in _entries(eqn, times).items():
-            if address in table:
-                first, second = _where(table[address]), _where(entry)
-                again = " (a loop? use jax.vmap or lax.scan, or an f-string address)" if first == second else ""
-                raise AddressError(
-                    f"address {address!r} is used twice in one model: at {first} and at {second}{again}. Give each site of a "
-                    "model its own address, or call a nested model at an address of its own."
-                )
-            table[address] = entry
-    return table
-
-
-def _entries(eqn: Any, times: tuple[int, ...]) -> dict[str, Any]:
-    if eqn.primitive is sample_p:
-        return {eqn.params["site"].address: Entry(eqn.params["site"], times)}
-    if not _jax.holds(eqn, sample_p):
-        return {}
-    inner = _jax.called_jaxpr(eqn)
-    if (address := scope_address(eqn)) is not None:
-        return {address: site_table(inner, times)}
-    if inner is not None:
-        return site_table(inner, times)
-    if eqn.primitive in _jax.SCAN:
-        return site_table(eqn.params["jaxpr"], (*times, eqn.params["length"]))
-    raise unfollowable(eqn)
-
-
-def _where(entry: Any) -> str:
-    return entry.site.where if isinstance(entry, Entry) else next(_where(e) for e in entry.values())
+    return underived(values, key, given, mask)

@@ -16,14 +16,16 @@ from typing import Any
 import equinox as eqx
 import jax
 from jax import core, lax
+from jax._src import effects
+from jax._src.core import no_axis_name
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, jaxpr_as_fun
 from jax.extend.core import primitives as known
 from jax.extend.random import threefry_2x32
 from jax.interpreters import ad, batching, mlir
 
-__all__ = ["ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var", "ad", "batching", "mlir"]
+__all__ = ["ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var", "ad", "batching", "jaxpr_as_fun", "mlir"]
 
 ShapedArray = core.ShapedArray
 
@@ -44,6 +46,24 @@ _TAG = "expectax_site:"
 SCAN = _primitives("scan_p")
 COND = _primitives("cond_p")
 CUSTOM = _primitives("custom_jvp_call_p", "custom_vjp_call_p", "custom_vjp_call_jaxpr_p")
+
+
+class SiteEffect(effects.Effect):
+    """Marks a site in a jaxpr, so that no derivative or dead-code elimination of JAX may drop it."""
+
+    def __repr__(self) -> str:
+        """Show the effect in a printed jaxpr."""
+        return "site"
+
+
+SITE = SiteEffect()
+for _allowed in (
+    effects.control_flow_allowed_effects,
+    effects.custom_derivatives_allowed_effects,
+    effects.lowerable_effects,
+    effects.remat_allowed_effects,
+):
+    _allowed.add_type(SiteEffect)
 
 
 def is_traced(value: Any) -> bool:
@@ -67,14 +87,14 @@ def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Any]:
                 yield item
 
 
-def contains(jaxpr: Any, primitive: Primitive) -> bool:
-    """Tell whether `primitive` stands anywhere in `jaxpr`."""
-    return any(e.primitive is primitive or holds(e, primitive) for e in close(jaxpr)[0].eqns)
+def contains(jaxpr: Any, *primitives: Primitive) -> bool:
+    """Tell whether one of some primitives stands anywhere in `jaxpr`."""
+    return any(e.primitive in primitives or holds(e, *primitives) for e in close(jaxpr)[0].eqns)
 
 
-def holds(eqn: JaxprEqn, primitive: Primitive) -> bool:
-    """Tell whether `primitive` stands in a sub-jaxpr of `eqn`."""
-    return any(contains(j, primitive) for j in sub_jaxprs(eqn))
+def holds(eqn: JaxprEqn, *primitives: Primitive) -> bool:
+    """Tell whether one of some primitives stands in a sub-jaxpr of `eqn`."""
+    return any(contains(j, *primitives) for j in sub_jaxprs(eqn))
 
 
 def called_jaxpr(eqn: JaxprEqn) -> Any | None:
@@ -156,11 +176,15 @@ def define_primitive(
     lowering: Callable[..., Any],
     jvp: Callable[..., Any],
     multiple_results: bool = False,
+    site: bool = False,
 ) -> Primitive:
-    """Make a primitive; `batch(axis, args, dims, **params)` runs for every vmap, mapped operands or not."""
+    """Make a primitive; `batch(axis, args, dims, **params)` runs for every vmap, mapped operands or not.
+
+    A primitive that is a `site`, or holds some, is never dropped from a jaxpr.
+    """
     primitive = Primitive(name)
     primitive.multiple_results = multiple_results
-    primitive.def_abstract_eval(abstract)
+    primitive.def_effectful_abstract_eval(lambda *args, **params: (abstract(*args, **params), {SITE} if site else set()))
     primitive.def_impl(implementation)
     batching.fancy_primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, lowering)
@@ -255,19 +279,41 @@ def axis_index(name: LaneAxis) -> Any:
 # --- `cond` under `vmap` ----------------------------------------------------------------------------------------
 
 
-def guard_batched_cond(primitive: Primitive, refuse: Callable[[str], Exception]) -> None:
-    """Refuse a `vmap` that turns `cond` into `select` when a branch holds `primitive`.
+def branches_of(eqn: JaxprEqn) -> tuple[Any, ...]:
+    """Return the branches of a `cond` equation, in the order of its index."""
+    return tuple(eqn.params["branches"])
 
-    JAX batches a `cond` with a batched predicate by running *every* branch and selecting among the results. Sites in
-    the branches would then all be scored, taken or not: a silent wrong number. This wraps JAX's own batching rule,
-    which goes on unchanged where no branch holds a site.
+
+def over_axis(jaxpr: ClosedJaxpr, axis: Any, in_axes: Sequence[int | None]) -> ClosedJaxpr:
+    """Return a jaxpr mapped over an axis that a vmap has just met; its outputs carry the axis in front."""
+    named = {} if axis.name is None or axis.name is no_axis_name else {"axis_name": axis.name}
+    mapped = jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(in_axes), out_axes=0, axis_size=axis.size, **named)
+    types = []
+    for aval, dim in zip(jaxpr.in_avals, in_axes, strict=True):
+        shape = aval.shape if dim is None else (*aval.shape[:dim], axis.size, *aval.shape[dim:])
+        types.append(jax.ShapeDtypeStruct(shape, aval.dtype))
+    return jax.make_jaxpr(mapped)(*types)
+
+
+def to_front(value: Any, dim: int | None, size: int) -> Any:
+    """Return a value with its mapped axis in front, repeated where it has none."""
+    if dim is None:
+        return jax.numpy.broadcast_to(value, (size, *jax.numpy.shape(value)))
+    return jax.numpy.moveaxis(value, dim, 0)
+
+
+def replace_batched_cond(primitive: Primitive, rule: Callable[..., Any]) -> None:
+    """Let `rule(axis, args, dims, branches)` batch a `cond` whose predicate is batched and whose branches hold sites.
+
+    JAX batches such a `cond` by running *every* branch and selecting among the results. Sites in the branches would
+    then all be scored, taken or not: a silent wrong number. Other conds go on to JAX's own rule.
     """
     for cond in COND:
         original = batching.fancy_primitive_batchers[cond]
 
-        def rule(axis_data: Any, args: Any, dims: Any, *, _original: Any = original, **params: Any) -> Any:
+        def wrapped(axis: Any, args: Any, dims: Any, *, _original: Any = original, **params: Any) -> Any:
             if dims[0] is not None and any(contains(b, primitive) for b in params["branches"]):
-                raise refuse(caller())
-            return _original(axis_data, args, dims, **params)
+                return rule(axis, args, dims, branches=tuple(params["branches"]))
+            return _original(axis, args, dims, **params)
 
-        batching.fancy_primitive_batchers[cond] = rule
+        batching.fancy_primitive_batchers[cond] = wrapped

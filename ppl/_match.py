@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ._choices import leaves_of
 from ._errors import AddressError, ShapeError, SupportError, nearest
-from ._evaluate import Entry
+from ._nested import leaves_of
 from ._posterior import Posterior
 from ._program import Program
 from ._support import contains
+from ._table import Entry
 
 
 def check_guide(guide: Program, posterior: Posterior, where: str, covering: bool = False) -> None:

@@ -12,12 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _jax
-from ._choices import Choices, check_addresses, check_values, leaves_of, nested
+from ._choices import check_addresses, check_values
 from ._errors import SupportError
-from ._evaluate import Entry, evaluate
-from ._program import Program, Trace, finish
+from ._evaluate import Observed
+from ._masked import Masked, fill, pick
+from ._nested import Choices, leaves_of, merged, nested
+from ._program import Program
 from ._staging import Staged, check_key, scalar, stage
-from ._visitors import Observed, assessing, constraining, generating, recording, unconstraining
+from ._table import Entry
+from ._trace import Trace, finish
+from ._visitors import Partial, assessing, constraining, generating, recording, unconstraining
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["program", "observations"], meta_fields=[])
@@ -25,7 +29,8 @@ from ._visitors import Observed, assessing, constraining, generating, recording,
 class Posterior:
     r"""A program conditioned on observations: $\gamma(z) = p(z, y)$, a density over the latents up to $p(y)$.
 
-    Made by `program.given(observations)`. Latents are a nested dict of the addresses that are not observed.
+    Made by `program.given(observations)`. Latents are a nested dict of the addresses that are not observed; of a site
+    with missing data (`masked`) the missing elements are latents, in one array of shape `(number, *event)`.
 
     Attributes:
         program: the bound program.
@@ -57,42 +62,76 @@ class Posterior:
         """
         staged = stage(self.program)
         given = self._complete(staged, latents, "log_density")
-        return scalar(evaluate(staged.jaxpr, staged.arguments, assessing, given=given).log_density)
+        return scalar(staged.run(assessing, given=given).log_density)
 
     def site_log_densities(self, latents: Choices) -> Choices:
-        """Return the log density of every site, latent and observed, one number per scan step and lane.
+        """Return the log density of every site, latent and observed, one number per scan step, lane and batch element.
 
         Args:
             latents: nested dict with a value for every latent.
         """
         staged = stage(self.program)
         given = self._complete(staged, latents, "site_log_densities")
-        return evaluate(staged.jaxpr, staged.arguments, recording, given=given).choices
+        return staged.run(recording, given=given).choices
 
     def generate(self, key: PRNGKeyArray) -> tuple[Trace, Float[Array, ""]]:
         """Draw the latents from the prior; see `Program.generate` for the weight."""
         check_key(key)
         staged = stage(self.program)
-        outcome = evaluate(staged.jaxpr, staged.arguments, generating, key, self.observations)
+        outcome = staged.run(generating, key, self.observations)
         return finish(self.program, staged, outcome), scalar(outcome.log_weight)
 
+    def trace(self, latents: Choices) -> Trace:
+        """Return the trace of the whole program at given latents, with the observations in it.
+
+        Args:
+            latents: nested dict with a value for every latent.
+
+        Raises:
+            AddressError, ShapeError, SupportError: the latents do not fit the program.
+        """
+        staged = stage(self.program)
+        given = self._complete(staged, latents, "trace")
+        return finish(self.program, staged, staged.run(assessing, given=given))
+
     def latents(self, choices: Choices) -> Choices:
-        """Return the part of full choices that is not observed."""
+        """Return the part of full choices that is not observed (axes of particles may stand in front)."""
         observed = dict(leaves_of(self.observations))
-        return nested((path, value) for path, value in leaves_of(choices) if path not in observed)
+        found = []
+        for path, value in leaves_of(choices):
+            if path not in observed:
+                found.append((path, value))
+            elif _partial(observed[path]):
+                found.append((path, self._missing_part(value, observed[path])))
+        return nested(found)
+
+    def _missing_part(self, value: Any, given: Masked) -> Any:
+        elements = jnp.ndim(given.mask)
+        assert given.missing is not None
+        return pick(value, given.missing, jnp.shape(given.value), elements)
 
     @property
     def latent_shapes(self) -> Choices:
         """Nested dict of `jax.ShapeDtypeStruct`, one per latent."""
         return jax.tree.map(
-            lambda e: jax.ShapeDtypeStruct(e.shape, e.dtype),
+            lambda entry: jax.ShapeDtypeStruct(entry.shape, entry.dtype),
             self.latent_sites(),
             is_leaf=lambda x: isinstance(x, Entry),
         )
 
     def latent_sites(self) -> Choices:
         """Return the nested dict of the latents' site entries."""
-        return self.latents(stage(self.program).sites)
+        return self._latent_table(stage(self.program))
+
+    def _latent_table(self, staged: Staged) -> Choices:
+        observed = dict(leaves_of(self.observations))
+        found = []
+        for path, entry in leaves_of(staged.sites):
+            if path not in observed:
+                found.append((path, entry))
+            elif _partial(given := observed[path]):
+                found.append((path, entry._replace(missing=given.missing.shape[0])))
+        return nested(found)
 
     def constrain(self, unconstrained: Choices) -> Choices:
         """Map unconstrained latents (all reals) into their supports.
@@ -113,16 +152,25 @@ class Posterior:
         """
         staged = self._continuous()
         given = self._complete(staged, latents, "unconstrain", observed=True)
-        return self.latents(evaluate(staged.jaxpr, staged.arguments, unconstraining, given=given).choices)
+        return self.latents(staged.run(unconstraining, given=given).choices)
 
     def unconstrained_log_density(self, unconstrained: Choices) -> Float[Array, ""]:
         r"""Return $\log p(z(u), y) + \log|\det \partial z / \partial u|$.
+
+        A latent that is not made (in a branch, or masked) has a standard normal density in its place, so that the
+        target stays proper; it leaves the others' posterior alone (a pseudo-prior, Carlin and Chib 1995).
 
         Args:
             unconstrained: nested dict, shaped as `unconstrain` returns it.
         """
         outcome = self._constrained(unconstrained)
-        return scalar(outcome.log_density) + outcome.log_weight
+        total = scalar(outcome.log_weight)
+        present = dict(leaves_of(outcome.present))
+        for path, u in leaves_of(unconstrained):
+            if path in present:
+                absent = jnp.reshape(~present[path], present[path].shape + (1,) * (jnp.ndim(u) - present[path].ndim))
+                total = total + jnp.sum(jnp.where(absent, -0.5 * u**2 - 0.5 * jnp.log(2 * jnp.pi), 0.0))
+        return total
 
     @property
     def unconstrained_shapes(self) -> Choices:
@@ -136,30 +184,53 @@ class Posterior:
     def _constrained(self, unconstrained: Choices) -> Any:
         staged = self._continuous()
         check_addresses(
-            self.latents(staged.sites), unconstrained, "unconstrained latents", _jax.caller(), complete=True
+            self._latent_table(staged), unconstrained, "unconstrained latents", _jax.caller(), complete=True
         )
-        given = _with_observed(unconstrained, self.observations)
-        return evaluate(staged.jaxpr, staged.arguments, constraining, given=given)
+        given = {path: Observed(y) for path, y in leaves_of(self.observations)}
+        for path, u in leaves_of(unconstrained):
+            y = given.get(path)
+            given[path] = u if y is None else _spread(u, y.value)
+        return staged.run(constraining, given=nested(given.items()))
 
     def _continuous(self) -> Staged:
         staged = stage(self.program)
-        for _, entry in leaves_of(self.latents(staged.sites)):
+        for _, entry in leaves_of(self._latent_table(staged)):
             if not jnp.issubdtype(entry.dtype, jnp.inexact):
                 raise SupportError(
                     f"site {entry.site.address!r} at {entry.site.where} is discrete and has no unconstrained space. "
-                    "Observe it, sum it out of the model, or use importance sampling or VI."
+                    "Observe it, sum it out (ex.marginalize_discrete), or use importance sampling or VI."
                 )
         return staged
 
     def _complete(self, staged: Staged, latents: Choices, what: str, observed: bool = False) -> Choices:
-        where = _jax.caller()
-        checked = check_values(self.latents(staged.sites), latents, what, where, complete=True)
-        return _with_observed(checked, self.observations) if observed else _merged(checked, self.observations)
+        """Return latents and observations together; `observed` marks what does not change space."""
+        checked = check_values(self._latent_table(staged), latents, what, _jax.caller(), complete=True)
+        sites, given = dict(leaves_of(staged.sites)), {}
+        for path, y in leaves_of(self.observations):
+            given[path] = y
+            if _partial(y):
+                value = dict(leaves_of(checked))[path]
+                given[path] = fill(y, value, sites[path].shape, len(sites[path].elements))
+            elif isinstance(y, Masked):
+                given[path] = y.value
+            if observed and not _partial(y):
+                given[path] = Observed(given[path])
+        return merged(checked, nested(given.items()))
 
 
-def _merged(a: Choices, b: Choices) -> Choices:
-    return nested([*leaves_of(a), *leaves_of(b)])
+def _partial(observation: Any) -> bool:
+    """Tell whether some elements of an observation are missing."""
+    if not isinstance(observation, Masked):
+        return False
+    if observation.missing is None:
+        raise SupportError(
+            "which data are missing must be known when the model is conditioned: make the mask with numpy, outside jit."
+        )
+    return observation.missing.shape[0] > 0
 
 
-def _with_observed(latents: Choices, observations: Choices) -> Choices:
-    return _merged(latents, jax.tree.map(Observed, observations))
+def _spread(u: Any, y: Masked) -> Partial:
+    """Return the unconstrained missing elements in their places."""
+    elements = jnp.ndim(y.mask)
+    whole = jnp.zeros((y.mask.size, *jnp.shape(u)[1:]), jnp.result_type(u)).at[y.missing].set(u)
+    return Partial(jnp.reshape(whole, (*y.mask.shape, *jnp.shape(u)[1:])), y) if elements else Partial(whole[0], y)

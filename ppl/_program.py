@@ -1,120 +1,25 @@
-"""Models, bound programs and traces."""
+"""Models and bound programs."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from . import _edit as edit
 from . import _jax
-from ._choices import Choices, check_values
+from ._choices import check_values
 from ._compile import Fixed
-from ._evaluate import Outcome, evaluate
+from ._evaluate import Outcome
+from ._nested import Choices
 from ._nesting import nest
-from ._staging import Staged, as_data, check_key, scalar, stage
+from ._staging import as_data, check_key, scalar, stage
+from ._trace import Trace, finish
 from ._visitors import assessing, generating, rebinding
-
-
-class Trace(eqx.Module):
-    """One run of a program: what was chosen, what was returned, and how dense it was.
-
-    Example: see `Program`.
-
-    Attributes:
-        program: the bound program that ran.
-        choices: nested dict of address to value.
-        retval: what the model returned.
-        log_density: log joint density of the choices, a scalar.
-    """
-
-    program: Program
-    choices: Choices
-    retval: Any
-    log_density: Float[Array, ""]
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        """The arguments that the program was bound to."""
-        return self.program.args
-
-    def update(
-        self, key: PRNGKeyArray, constraints: Choices, *args: Any, **kwargs: Any
-    ) -> tuple[Trace, Float[Array, ""], Choices]:
-        r"""Change some choices, or the arguments, and keep the rest.
-
-        Args:
-            key: a typed key, for sites that have no old value of the right shape.
-            constraints: nested dict of new values.
-            *args: new arguments of the model; none for the old ones.
-            **kwargs: new keyword arguments.
-
-        Returns:
-            `(trace, log_weight, discard)`: the new trace $t'$; $\log p(t') - \log p(t)$ less the log density of
-            what had to be drawn; and the old values that were replaced or dropped.
-
-        Raises:
-            AddressError, ShapeError, SupportError: a constraint does not fit the program.
-
-        Example:
-            >>> import jax, expectax as ex
-            >>> from expectax import dist
-            >>> @ex.model
-            ... def normal(scale):
-            ...     ex.sample("x", dist.Normal(0.0, scale))
-            >>> key = jax.random.key(0)
-            >>> trace = normal(1.0).simulate(key)
-            >>> there, weight, discard = trace.update(key, {"x": 2.0})
-            >>> back, opposite, _ = there.update(key, discard)
-            >>> bool(abs(weight + opposite) < 1e-6)
-            True
-        """
-        check_key(key)
-        program = self.program.model(*args, **kwargs) if args or kwargs else self.program
-        staged, outcome, log_weight, discard = edit.update(self, key, constraints, program)
-        return finish(program, staged, outcome), log_weight, discard
-
-    def regenerate(self, key: PRNGKeyArray, selection: Iterable[str]) -> tuple[Trace, Float[Array, ""]]:
-        r"""Draw the selected choices anew from the prior, along the run, and keep the rest.
-
-        Args:
-            key: a typed key.
-            selection: addresses (`"sub/x"` in nested models; `"sub"` for all of one).
-
-        Returns:
-            `(trace, log_weight)` with the weight of a Metropolis-Hastings move,
-            $\log \frac{p(t')\,q(t \mid t')}{p(t)\,q(t' \mid t)}$: accept with probability $\min(1, e^w)$.
-
-        Raises:
-            AddressError: an address is unknown.
-
-        Example: as `update`, with `trace.regenerate(key, ["x"])`.
-        """
-        check_key(key)
-        staged, outcome, log_weight = edit.regenerate(self, key, selection)
-        return finish(self.program, staged, outcome), log_weight
-
-    def project(self, selection: Iterable[str]) -> Float[Array, ""]:
-        """Return the sum of the log densities of the selected sites.
-
-        Args:
-            selection: addresses, as in `regenerate`.
-
-        Raises:
-            AddressError: an address is unknown.
-
-        Example: as `update`, with `trace.project(["x"])`.
-        """
-        return edit.project(self, selection)
-
-    def __getitem__(self, address: str) -> Any:
-        """Return the choice at an address (`trace["mu"]`)."""
-        return self.choices[address]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["_arrays"], meta_fields=["model", "_fixed"])
@@ -186,8 +91,8 @@ class Program:
             ShapeError, SupportError: a value does not fit its site.
         """
         staged = stage(self)
-        given = check_values(staged.sites, choices, "assess", _jax.caller(), complete=True)
-        outcome = evaluate(staged.jaxpr, staged.arguments, assessing, given=given)
+        given = check_values(staged.table, choices, "assess", _jax.caller(), complete=True)
+        outcome = staged.run(assessing, given=given)
         return scalar(outcome.log_density), staged.returned(outcome.outputs)
 
     def generate(self, key: PRNGKeyArray, constraints: Choices) -> tuple[Trace, Float[Array, ""]]:
@@ -207,8 +112,8 @@ class Program:
         """
         check_key(key)
         staged = stage(self)
-        given = check_values(staged.sites, constraints, "generate", _jax.caller())
-        outcome = evaluate(staged.jaxpr, staged.arguments, generating, key, given)
+        given = check_values(staged.table, constraints, "generate", _jax.caller())
+        outcome = staged.run(generating, key, given)
         return finish(self, staged, outcome), scalar(outcome.log_weight)
 
     def given(self, observations: Choices) -> Any:
@@ -222,17 +127,21 @@ class Program:
         from ._posterior import Posterior
 
         staged = stage(self)
-        return Posterior(self, check_values(staged.sites, observations, "given", _jax.caller()))
+        return Posterior(self, check_values(staged.table, observations, "given", _jax.caller()))
 
     def rebind(self) -> Outcome:
         """Run the program inside an objective, leaving its choices to the objective's estimator."""
         staged = stage(self)
-        outcome = evaluate(staged.jaxpr, staged.arguments, rebinding)
+        outcome = staged.run(rebinding)
         return outcome._replace(log_density=scalar(outcome.log_density))
 
     def sites(self) -> Choices:
-        """Return the nested dict of address to site entry (shape, dtype, distribution, place in the file)."""
+        """Return the nested dict of address to entry (shape, dtype, distribution, place) of the choices."""
         return stage(self).sites
+
+    def table(self) -> Choices:
+        """Return the nested dict of entries of the choices, of what the program observes, and of what it records."""
+        return stage(self).table
 
     def __repr__(self) -> str:
         """Show the model and the shapes of its arguments."""
@@ -299,8 +208,3 @@ def model(function: Callable[..., Any]) -> Model:
         (2,)
     """
     return Model(function)
-
-
-def finish(program: Program, staged: Staged, outcome: Outcome) -> Trace:
-    """Return the trace of a walk."""
-    return Trace(program, outcome.choices, staged.returned(outcome.outputs), scalar(outcome.log_density))

@@ -14,15 +14,20 @@ from jaxtyping import Array
 from numpyro import distributions as dist
 
 from . import _jax
-from ._distribution import Lane, draw_type, flatten, lane_shape, over, rebuild
-from ._errors import AddressError, ControlFlowError, DistributionError, OutsideModelError, ShapeError
+from ._custom import as_distribution
+from ._distribution import Lane, align, draw_type, flatten, lane_shape, over, rebuild
+from ._errors import AddressError, ControlFlowError, OutsideModelError, ShapeError
 from ._nesting import nested_program
 from ._support import known_support
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """The static part of a sample site; `shape` and `dtype` are those of one lane's value."""
+    """The static part of a sample site; `shape` and `dtype` are those of one lane's value.
+
+    Its operands are the distribution's leaves and then one each for `extras`: a `"value"` that is fixed by the
+    program, a `"mask"` and a `"scale"` of the log density, both of the batch shape or scalar.
+    """
 
     address: str
     structure: Any
@@ -30,6 +35,8 @@ class Site:
     shape: tuple[int, ...]
     dtype: Any
     gradient: Any = None
+    extras: tuple[str, ...] = ()
+    observed: bool = True  # of a site with a value: is it data, which a prediction forgets?
     where: str = dataclasses.field(default="unknown", compare=False)
     support: Any = dataclasses.field(default=None, compare=False)  # None where it depends on traced parameters
 
@@ -38,16 +45,28 @@ class Site:
         """The shape of the site's choice: lanes (outermost first), batch, event."""
         return lane_shape(self.lanes) + self.shape
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the program fixes the value, so that the site is no choice."""
+        return "value" in self.extras
+
+    @property
+    def event_ndim(self) -> int:
+        """How many trailing axes of the value are one event."""
+        return self.distribution([None] * self.structure.num_leaves).event_dim
+
+    @property
+    def element_shape(self) -> tuple[int, ...]:
+        """The shape of the site's independent elements: lanes and batch."""
+        return self.value_shape[: len(self.value_shape) - self.event_ndim]
+
     def distribution(self, leaves: Any) -> dist.Distribution:
         """Return the distribution of one lane, for leaves of one lane."""
         return rebuild(self.structure, leaves)
 
     def log_density(self, value: Any, leaves: Any) -> Array:
-        """Return the log density of the value in each lane, shape `lanes`."""
-        return over(self.lanes, self._log_density_one)(value, list(leaves))
-
-    def _log_density_one(self, value: Any, leaves: Any) -> Array:
-        return jnp.sum(self.terms(self.distribution(leaves), value))
+        """Return the log density of the value's elements, shape `lanes + batch`."""
+        return over(self.lanes, lambda v, xs: self.terms(self.distribution(xs), v))(value, list(leaves))
 
     def terms(self, d: dist.Distribution, value: Any) -> Array:
         """Return `d.log_prob(value)`, which must have the batch shape of `d`."""
@@ -59,6 +78,27 @@ class Site:
                 "Mend the distribution's log_prob."
             )
         return terms
+
+    def split(self, operands: Any) -> tuple[Site, list[Any], dict[str, Array]]:
+        """Return the site without extras, its leaves, and the extras with all lanes in front."""
+        if not self.extras:
+            return self, list(operands), {}
+        count = self.structure.num_leaves
+        lanes = tuple(Lane(lane.size, lane.dims[:count]) for lane in self.lanes)
+        site = dataclasses.replace(self, lanes=lanes, extras=())
+        aligned = dict(zip(self.extras, align(self.lanes, operands)[count:], strict=True))
+        return site, list(operands[:count]), {name: self._spread(name, x) for name, x in aligned.items()}
+
+    def _spread(self, name: str, x: Array) -> Array:
+        """Return an extra with the axes of the value, or of the elements, of size 1 where it is constant."""
+        if name == "value":
+            return jnp.broadcast_to(x, self.value_shape)
+        return along_elements(x, len(self.element_shape), len(self.lanes))
+
+
+def along_elements(x: Array, ndim: int, lanes: int = 0) -> Array:
+    """Return an array with `ndim` axes: after its first `lanes` axes it is either complete or scalar."""
+    return x if jnp.ndim(x) == ndim else jnp.reshape(x, jnp.shape(x)[:lanes] + (1,) * (ndim - lanes))
 
 
 def sample(address: str, distribution: Any, *, gradient: Any = None) -> Any:
@@ -95,17 +135,36 @@ def sample(address: str, distribution: Any, *, gradient: Any = None) -> Any:
     check_address(address, where)
     if nested_program(distribution):
         return distribution._nest(address)
-    if not isinstance(distribution, dist.Distribution):
-        raise DistributionError(
-            f"site {address!r} at {where}: expected a numpyro distribution or a bound model, got "
-            f"{type(distribution).__name__}. Write sample({address!r}, dist.Normal(...)) or "
-            f"sample({address!r}, submodel(arguments))."
-        )
-    leaves, structure = flatten(distribution)
+    return bind_site(address, distribution, where, gradient=gradient)
+
+
+def bind_site(
+    address: str,
+    distribution: Any,
+    where: str,
+    *,
+    gradient: Any = None,
+    value: Any = None,
+    mask: Any = None,
+    scale: Any = None,
+    observed: bool = True,
+) -> Array:
+    """Bind the primitive of one site; `value`, `mask` and `scale` are optional operands."""
+    d = as_distribution(distribution, address, where)
+    leaves, structure = flatten(d)
     one = draw_type(structure, leaves)
-    support = known_support(distribution)
-    site = Site(address, structure, (), one.shape, jnp.dtype(one.dtype), gradient, where, support)
-    return sample_p.bind(*leaves, site=site)
+    given = {"value": value, "mask": mask, "scale": scale}
+    extras = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
+    site = Site(
+        address, structure, (), one.shape, jnp.dtype(one.dtype), gradient, tuple(extras), observed, where, known_support(d)
+    )
+    for name in ("mask", "scale"):
+        if name in extras and extras[name].shape not in ((), tuple(d.batch_shape)):
+            raise ShapeError(
+                f"site {address!r} at {where}: a {name} has the batch shape {tuple(d.batch_shape)} or is scalar, got "
+                f"{extras[name].shape}."
+            )
+    return sample_p.bind(*leaves, *extras.values(), site=site)
 
 
 def check_address(address: Any, where: str) -> None:
@@ -114,9 +173,21 @@ def check_address(address: Any, where: str) -> None:
         raise AddressError(f"address {address!r} at {where}: an address is a non-empty string without '/'.")
 
 
-def rebind(site: Site, leaves: Any) -> Array:
+def rebind(site: Site, operands: Any) -> Array:
     """Leave the site to the program that encloses the present one."""
-    return sample_p.bind(*leaves, site=site)
+    return sample_p.bind(*operands, site=site)
+
+
+def with_mask(site: Site, operands: Any, mask: Array) -> tuple[Site, list[Any]]:
+    """Return the site and its operands with one more mask, whose axes are the site's outermost lanes."""
+    bare, leaves, extras = site.split(operands)
+    elements = bare.element_shape
+    mask = jnp.reshape(mask, jnp.shape(mask) + (1,) * (len(elements) - jnp.ndim(mask)))
+    extras["mask"] = mask & extras["mask"] if "mask" in extras else mask
+    shapes = {"value": bare.value_shape, "mask": elements, "scale": elements}
+    whole = [jnp.broadcast_to(x, shapes[name]) for name, x in extras.items()]
+    lanes = tuple(Lane(lane.size, (*lane.dims, *(0 for _ in whole))) for lane in bare.lanes)
+    return dataclasses.replace(bare, lanes=lanes, extras=tuple(extras)), [*leaves, *whole]
 
 
 def _abstract(*_: Any, site: Site) -> Any:
@@ -124,7 +195,7 @@ def _abstract(*_: Any, site: Site) -> Any:
 
 
 def _batch(axis: Any, args: Any, dims: Any, *, site: Site) -> tuple[Any, int]:
-    lane = Lane(axis.size, tuple(dims))
+    lane = Lane(axis.size, tuple(dims))  # called for every vmap, mapped operands or not
     return sample_p.bind(*args, site=dataclasses.replace(site, lanes=(*site.lanes, lane))), 0
 
 
@@ -148,19 +219,8 @@ def _jvp(primals: Any, tangents: Any, *, site: Site) -> Any:
 
 
 sample_p = _jax.define_primitive(
-    "sample", abstract=_abstract, batch=_batch, implementation=_outside, lowering=_lowering, jvp=_jvp
+    "sample", abstract=_abstract, batch=_batch, implementation=_outside, lowering=_lowering, jvp=_jvp, site=True
 )
-
-
-def _refuse_batched_cond(where: str) -> Exception:
-    return ControlFlowError(
-        f"at {where}: a vmap over lax.cond (or switch) whose predicate differs between lanes would score the sites "
-        "of every branch, taken or not. Use jnp.where on the distribution's parameters, or put the vmap inside the "
-        "branches."
-    )
-
-
-_jax.guard_batched_cond(sample_p, _refuse_batched_cond)
 
 
 def lanes_of(site: Site, function: Any, *mapped: Any, leaves: Any) -> Any:

@@ -27,8 +27,9 @@ def sources(equations: Any, key: Any, wanted: Wanted = lambda site: True) -> Ite
     others alone.
     """
     items = list(_items(equations, {}, set()))
-    pooled = [n for n, (site, _) in enumerate(items) if site is not None and wanted(site) and _pools(site)]
-    keyed = [n for n, (site, _) in enumerate(items) if n not in set(pooled) and (site is None or wanted(site))]
+    drawn = [n for n, (site, _) in enumerate(items) if site is None or (not site.fixed and wanted(site))]
+    pooled = [n for n in drawn if items[n][0] is not None and _pools(items[n][0])]
+    keyed = sorted(set(drawn) - set(pooled))
     found: dict[int, Any] = {}
     if pooled:
         dtype = jnp.result_type(float)

@@ -10,20 +10,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._choices import Choices
-from ._evaluate import site_table
+from ._evaluate import Outcome, Visitor, evaluate
+from ._nested import Choices
+from ._table import choices_of, site_table
 
 if TYPE_CHECKING:
     from ._program import Program
 
 
 class Staged(NamedTuple):
-    """A program as equations: the jaxpr, its arguments, its sites, and how to rebuild what it returns."""
+    """A program as equations: the jaxpr, its arguments, the table of its sites, and how to rebuild what it returns."""
 
     jaxpr: Any
     arguments: list[Any]
-    sites: Choices
+    table: Choices
     returned: Callable[[list[Any]], Any]
+
+    @property
+    def sites(self) -> Choices:
+        """The table of the choices alone."""
+        return choices_of(self.table)
+
+    def run(self, visitor: Visitor, key: Any = None, given: Any = None) -> Outcome:
+        """Walk the equations; see `evaluate`."""
+        return evaluate(self.jaxpr, self.arguments, visitor, key, given)
 
 
 def as_data(tree: Any) -> Any:

@@ -10,11 +10,12 @@ from jaxtyping import Array
 
 from ._draw import draw
 from ._errors import DistributionError, ShapeError
-from ._evaluate import Visit
+from ._evaluate import Observed, Visit, Visitor
+from ._masked import Masked, expand
 from ._noise import Noise
 from ._pathwise import transform
-from ._sample import Site, lanes_of, rebind
-from ._support import density_in_support, jacobian, transform_of
+from ._sample import Site, lanes_of, rebind, with_mask
+from ._support import density_in_support, transform_of
 
 
 def draw_site(site: Site, leaves: Any, source: Any) -> Array:
@@ -36,75 +37,110 @@ def draw_site(site: Site, leaves: Any, source: Any) -> Array:
 
 
 def scored(site: Site, leaves: Any, value: Any) -> tuple[Array, Array]:
-    """Return the log density of a value from outside, and the value to go on with; see `density_in_support`."""
+    """Return the log densities of a value from outside, and the value to go on with; see `density_in_support`."""
 
     def one(value: Any, leaves: Any) -> tuple[Array, Array]:
-        terms, safe = density_in_support(site.distribution(leaves), value, site.terms)
-        return jnp.sum(terms), safe
+        return density_in_support(site.distribution(leaves), value, site.terms)
 
     return lanes_of(site, one, value, leaves=leaves)
 
 
-def generating(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
-    """Take the given value and weigh it by its density; else draw (`simulate`, `generate`)."""
+def _generate(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
+    """Take the given value and weigh it by its density; else draw."""
+    del mask
     if given is None:
         value = draw_site(site, leaves, source)
         return Visit(value, value, site.log_density(value, leaves), 0.0)
-    log_density, safe = scored(site, leaves, given)
-    return Visit(safe, given, log_density, log_density)
+    if isinstance(given, Masked):
+        own = expand(given.mask, given.value)
+        value = jnp.where(own, given.value, draw_site(site, leaves, source))
+        log_density, safe = scored(site, leaves, value)
+        return Visit(safe, value, log_density, jnp.where(expand(given.mask, log_density), log_density, 0.0))
+    value = _value(given)
+    log_density, safe = scored(site, leaves, value)
+    return Visit(safe, value, log_density, log_density)
 
 
-def assessing(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
-    """Score the given value (`assess`)."""
-    del source
-    log_density, safe = scored(site, leaves, given)
-    return Visit(safe, given, log_density, 0.0)
+def _value(given: Any) -> Any:
+    return given.value if isinstance(given, Observed) else given
 
 
-def recording(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
-    """Score the given value and record the score in its place."""
-    del source
-    log_density, safe = scored(site, leaves, given)
-    return Visit(safe, log_density, log_density, 0.0)
+def _assess(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
+    """Score the given value."""
+    del source, mask
+    value = _value(given)
+    log_density, safe = scored(site, leaves, value)
+    return Visit(safe, value, log_density, log_density)
 
 
-def rebinding(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
-    """Leave the choice to the enclosing program, and score it (`vi.simulate`)."""
-    del source, given
-    value = rebind(site, leaves)
+def _weigh(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
+    """Score the given value, and weigh those elements that its mask wants."""
+    if not isinstance(given, Masked):
+        return _assess(site, leaves, source, given, mask)
+    visit = _assess(site, leaves, source, given.value, mask)
+    return visit._replace(log_weight=jnp.where(given.mask, visit.log_density, 0.0))
+
+
+def _project(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
+    """As `_weigh`, but what the program observes has no weight."""
+    visit = _weigh(site, leaves, source, given, mask)
+    return visit._replace(log_weight=0.0) if isinstance(given, Observed) else visit
+
+
+def _record(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
+    """Score the given value and record the scores in its place."""
+    visit = _assess(site, leaves, source, given, mask)
+    return visit._replace(record=visit.log_density if mask is None else jnp.where(mask, visit.log_density, 0.0))
+
+
+def _rebind(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
+    """Leave the choice to the enclosing program, and score it."""
+    if given is not None:
+        return _assess(site, leaves, source, given, mask)
+    bound, operands = (site, leaves) if mask is None else with_mask(site, leaves, jnp.asarray(mask))
+    value = rebind(bound, operands)
     return Visit(value, value, site.log_density(value, leaves), 0.0)
 
 
-class Observed(eqx.Module):
-    """A value that is kept as it is while the others change space."""
+class Partial(eqx.Module):
+    """Unconstrained values of a partly observed site: the observed elements stay."""
 
-    value: Array
+    unconstrained: Array
+    observed: Masked
 
 
-def constraining(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
-    """Map an unconstrained value into the support; the weight is the log Jacobian."""
-    del source
+def _constrain(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
+    """Map an unconstrained value into the support; the weight is the density in unconstrained space."""
     if isinstance(given, Observed):
-        log_density, safe = scored(site, leaves, given.value)
-        return Visit(safe, given.value, log_density, 0.0)
+        return _assess(site, leaves, source, given, mask)
 
     def one(unconstrained: Any, leaves: Any) -> Any:
-        transform = transform_of(site.distribution(leaves))
-        if jnp.shape(unconstrained) != transform.inverse_shape(site.shape):
+        bijection = transform_of(site.distribution(leaves))
+        if jnp.shape(unconstrained) != bijection.inverse_shape(site.shape):
             raise ShapeError(
                 f"constrain: site {site.address!r} at {site.where} has the unconstrained shape "
-                f"{transform.inverse_shape(site.shape)}, got {jnp.shape(unconstrained)} (without lanes and time)."
+                f"{bijection.inverse_shape(site.shape)}, got {jnp.shape(unconstrained)} (without lanes and time)."
             )
-        value = transform(unconstrained)
-        return value, jacobian(transform, unconstrained, value)
+        value = bijection(unconstrained)
+        jacobian = bijection.log_abs_det_jacobian(unconstrained, value)
+        batch = site.distribution(leaves).batch_shape
+        return value, jnp.sum(jnp.reshape(jacobian, (*batch, -1)), axis=-1)
 
-    value, log_jacobian = lanes_of(site, one, given, leaves=leaves)
-    return Visit(value, value, site.log_density(value, leaves), log_jacobian)
+    inner = given.unconstrained if isinstance(given, Partial) else given
+    value, log_jacobian = lanes_of(site, one, inner, leaves=leaves)
+    if isinstance(given, Partial):
+        own = given.observed
+        value = jnp.where(expand(own.mask, value), own.value, value)
+        log_jacobian = jnp.where(expand(own.mask, log_jacobian), 0.0, log_jacobian)
+        log_density, value = scored(site, leaves, value)
+        return Visit(value, value, log_density, log_density + log_jacobian)
+    log_density = site.log_density(value, leaves)
+    return Visit(value, value, log_density, log_density + log_jacobian)
 
 
-def unconstraining(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
+def _unconstrain(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
     """Map a value out of its support onto the reals; the record is the unconstrained value."""
-    del source
+    del source, mask
     if isinstance(given, Observed):
         return Visit(given.value, given.value, 0.0, 0.0)
 
@@ -112,3 +148,21 @@ def unconstraining(site: Site, leaves: Any, source: Any, given: Any) -> Visit:
         return transform_of(site.distribution(leaves)).inv(value)
 
     return Visit(given, lanes_of(site, one, given, leaves=leaves), 0.0, 0.0)
+
+
+generating = Visitor(_generate)
+"""`simulate`, `generate`."""
+assessing = Visitor(_assess)
+"""`assess`."""
+weighing = Visitor(_weigh)
+"""The log density of some elements, and of what the program observes."""
+projecting = Visitor(_project)
+"""The log density of some elements alone."""
+recording = Visitor(_record)
+"""The log densities of all elements, in place of the choices."""
+rebinding = Visitor(_rebind, everywhere=True)
+"""`vi.simulate`."""
+constraining = Visitor(_constrain)
+"""From unconstrained space into the support."""
+unconstraining = Visitor(_unconstrain)
+"""Out of the support into unconstrained space."""

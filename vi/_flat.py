@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from expectax.ppl import _jax
-from expectax.ppl._evaluate import unfollowable
+from expectax.ppl._branch import branches_of, clamped, guarded, select
+from expectax.ppl._errors import ControlFlowError
 from expectax.ppl._nesting import scope_address
-from expectax.ppl._sample import Site, rebind, sample_p
+from expectax.ppl._observe import deterministic_p
+from expectax.ppl._sample import Site, rebind, sample_p, with_mask
+from expectax.ppl._table import unfollowable
 
 from ._strategy import Enum, joint_size, resolve
 
@@ -26,36 +29,59 @@ class _Flattener:
     def __init__(self) -> None:
         self.enumerated = 1
 
-    def run(self, jaxpr: Any, args: Any, scope: str, repeats: int = 1) -> list[Any]:
-        """Re-bind every equation of a jaxpr, calls written out."""
+    def run(self, jaxpr: Any, args: Any, scope: str, repeats: int = 1, mask: Any = None) -> list[Any]:
+        """Re-bind every equation of a jaxpr, calls written out; `mask` tells in which outermost lanes it counts."""
         env = _jax.Environment.of(jaxpr, args)
         opened = _jax.close(jaxpr)[0]
         for eqn in opened.eqns:
             values = [env.read(v) for v in eqn.invars]
-            env.update(zip(eqn.outvars, self._equation(eqn, values, scope, repeats), strict=True))
+            env.update(zip(eqn.outvars, self._equation(eqn, values, scope, repeats, mask), strict=True))
         return [env.read(v) for v in opened.outvars]
 
-    def _equation(self, eqn: Any, values: list[Any], scope: str, repeats: int) -> list[Any]:
+    def _equation(self, eqn: Any, values: list[Any], scope: str, repeats: int, mask: Any) -> list[Any]:
         if eqn.primitive is sample_p:
-            return [self._site(eqn.params["site"], values, scope, repeats)]
+            return [self._site(eqn.params["site"], values, scope, repeats, mask)]
+        if eqn.primitive is deterministic_p:
+            return values
         inner = _jax.called_jaxpr(eqn)
         sites = _jax.holds(eqn, sample_p)
         if inner is not None and (sites or eqn.primitive in _jax.JIT):
             address = scope_address(eqn)
-            return self.run(inner, values, scope if address is None else f"{scope}{address}/", repeats)
+            return self.run(inner, values, scope if address is None else f"{scope}{address}/", repeats, mask)
         if not sites:
             return _jax.bind(eqn, values)
         if eqn.primitive in _jax.SCAN:
-            return self._scan(eqn, values, scope, repeats)
+            return self._scan(eqn, values, scope, repeats, mask)
+        if (branches := branches_of(eqn)) is not None:
+            return self._branches(branches, values, scope, repeats, mask)
         raise unfollowable(eqn)
 
-    def _site(self, site: Site, leaves: list[Any], scope: str, repeats: int) -> Any:
-        strategy = resolve(site, leaves, self.enumerated, repeats)
-        if isinstance(strategy, Enum):
-            self.enumerated *= joint_size(site, leaves, repeats) or 1
-        return rebind(dataclasses.replace(site, address=scope + site.address, gradient=strategy), leaves)
+    def _branches(self, branches: Any, values: list[Any], scope: str, repeats: int, mask: Any) -> list[Any]:
+        """Write out all branches, their sites masked where the branch is not taken."""
+        index, operands = clamped(values[0], len(branches)), values[1:]
+        results = []
+        for number, branch in enumerate(branches):
+            taken = index == number
+            if mask is not None:
+                taken = taken & jnp.reshape(mask, jnp.shape(mask) + (1,) * (jnp.ndim(taken) - jnp.ndim(mask)))
+            results.append(self.run(branch, guarded(taken, operands), scope, repeats, taken))
+        return [select(index, list(cases)) for cases in zip(*results, strict=True)]
 
-    def _scan(self, eqn: Any, values: list[Any], scope: str, repeats: int) -> list[Any]:
+    def _site(self, site: Site, operands: list[Any], scope: str, repeats: int, mask: Any) -> Any:
+        if site.fixed:
+            raise ControlFlowError(
+                f"site {site.address!r} at {site.where} is observed inside an objective, which has no density of its "
+                "own. Add its log density to the objective's value, or observe it in the model."
+            )
+        if mask is not None:
+            site, operands = with_mask(site, operands, mask)
+        bare, leaves, _ = site.split(operands)
+        strategy = resolve(bare, leaves, self.enumerated, repeats)
+        if isinstance(strategy, Enum):
+            self.enumerated *= joint_size(bare, leaves, repeats) or 1
+        return rebind(dataclasses.replace(site, address=scope + site.address, gradient=strategy), operands)
+
+    def _scan(self, eqn: Any, values: list[Any], scope: str, repeats: int, mask: Any) -> list[Any]:
         """Choose the strategies of a scan's sites; write the scan out if one of them is `Enum`."""
         length, (num_consts, num_carry) = eqn.params["length"], _jax.scan_sizes(eqn)
         consts, carry, xs = _cut(values, num_consts, num_carry)
@@ -63,7 +89,7 @@ class _Flattener:
 
         def step(carry: Any, x: Any) -> Any:
             self.enumerated = before
-            out = self.run(eqn.params["jaxpr"], [*consts, *carry, *x], scope, repeats * length)
+            out = self.run(eqn.params["jaxpr"], [*consts, *carry, *x], scope, repeats * length, mask)
             return out[:num_carry], out[num_carry:]
 
         if not _enumerates(jax.make_jaxpr(step)(carry, [x[0] for x in xs]) if length else None):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from expectax.ppl import _jax
-from expectax.ppl._sample import Site, lanes_of, sample_p
+from expectax.ppl._sample import Site, sample_p
 from expectax.ppl._sources import sources
 from expectax.ppl._visitors import draw_site
 
@@ -89,10 +89,11 @@ class _Walk:
             values = [state.env.read(v) for v in eqn.invars]
             inputs = [of(state.depends, v) for v in eqn.invars]
             if eqn.primitive is sample_p:
-                site = eqn.params["site"]
+                site, values, mask = masked_site(eqn, values)
+                inputs = inputs[: len(values)]
                 if isinstance(site.gradient, Enum):
                     return self._enumerate(i, site, values, inputs, state)
-                outputs, depends = [self._site(i, site, values, state)], [_at_site(i, site, values, inputs)]
+                outputs, depends = [self._site(i, site, values, state, mask)], [_at_site(i, site, values, inputs)]
             elif i in self.sources:
                 outputs, depends = self._scan(i, eqn, values, inputs, state)
             else:
@@ -107,12 +108,12 @@ class _Walk:
             finite = [jnp.all(jnp.isfinite(v)) for v in values if jnp.issubdtype(jnp.result_type(v), jnp.inexact)]
             self.checks.append(Check(address, jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)))
 
-    def _site(self, i: int, site: Site, leaves: list[Any], state: State) -> Any:
+    def _site(self, i: int, site: Site, leaves: list[Any], state: State, mask: Any) -> Any:
         """Draw at a reparametrised or score-function site."""
         value = draw_site(site, leaves, self.sources[i])
         if isinstance(site.gradient, Reinforce):
             value = sg(value)
-            state.scores[i] = Score(element_scores(site, value, leaves), False, site.gradient)
+            state.scores[i] = Score(element_scores(site, value, leaves, mask), False, site.gradient)
         self._check(site.address, value, *leaves)
         return value
 
@@ -182,14 +183,16 @@ def _like(flags: Any, values: Any) -> Any:
     return flags.reshape(flags.shape + (1,) * (values.ndim - 1))
 
 
-def element_scores(site: Site, value: Any, leaves: Any) -> Any:
-    """Return the log density of each independent element, shape `lanes + batch`."""
+def masked_site(eqn: Any, operands: list[Any]) -> tuple[Site, list[Any], Any]:
+    """Return a site, its distribution's leaves, and its mask or None."""
+    site, leaves, extras = eqn.params["site"].split(operands)
+    return site, leaves, extras.get("mask")
 
-    def one(value: Any, leaves: Any) -> Any:
-        d = site.distribution(leaves)
-        return site.terms(d, value)
 
-    return lanes_of(site, one, value, leaves=leaves)
+def element_scores(site: Site, value: Any, leaves: Any, mask: Any) -> Any:
+    """Return the log density of each independent element, shape `lanes + batch`; 0 where a branch is not taken."""
+    scores = site.log_density(value, leaves)
+    return scores if mask is None else jnp.where(mask, scores, 0.0)
 
 
 def _at_site(i: int, site: Site, leaves: Any, inputs: list[Dependence], scored: bool = True) -> Dependence:
@@ -213,13 +216,13 @@ def _direct(body: Any, args: Any, key: Any) -> tuple[list[Any], list[tuple[Site,
     for eqn in opened.eqns:
         values = [env.read(v) for v in eqn.invars]
         if eqn.primitive is sample_p:
-            site = eqn.params["site"]
+            site, values, mask = masked_site(eqn, values)
             value = draw_site(site, values, next(found_sources))
             strategy = site.gradient if isinstance(site.gradient, Reinforce) else None
             score = 0.0
             if strategy is not None:
                 value = sg(value)
-                score = element_scores(site, value, values)
+                score = element_scores(site, value, values, mask)
             found.append((site, strategy, score, jnp.all(jnp.isfinite(value))))
             outputs = [value]
         elif _jax.holds(eqn, sample_p):

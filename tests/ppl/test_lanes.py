@@ -17,7 +17,7 @@ from scipy import stats
 
 from expectax import dist, ppl
 from expectax.ppl import _jax
-from expectax.ppl._choices import leaves_of
+from expectax.ppl._nested import leaves_of
 
 KEY = jax.random.key(20260802)
 pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")

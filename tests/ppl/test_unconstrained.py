@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 from expectax import dist, ppl
 from expectax.ppl import SupportError
-from expectax.ppl._choices import leaves_of
+from expectax.ppl._nested import leaves_of
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
