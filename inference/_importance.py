@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from expectax.ppl import NonFiniteError, Posterior, Program, _jax
-from expectax.ppl._nested import leaves_of
 from expectax.ppl._compile import compiled
 from expectax.ppl._match import check_guide
+from expectax.ppl._nested import leaves_of
 from expectax.ppl._staging import check_key
 
 from ._particles import Particles

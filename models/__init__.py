@@ -1,5 +1,6 @@
 """Models with their data and, where there is one, their exact answer."""
 
+from . import posteriordb as posteriordb
 from ._eight_schools import EFFECT as EFFECT
 from ._eight_schools import REFERENCE as REFERENCE
 from ._eight_schools import STANDARD_ERROR as STANDARD_ERROR

@@ -73,9 +73,7 @@ def regenerate(trace: Trace, key: Any, selection: Any) -> tuple[Staged, Outcome,
             offered[path] = value
         elif chosen[path] is not True:
             rest = jnp.asarray(~chosen[path])
-            offered[path] = (
-                Masked(value.value, value.mask & rest) if isinstance(value, Masked) else Masked(value, rest)
-            )
+            offered[path] = Masked(value.value, value.mask & rest) if isinstance(value, Masked) else Masked(value, rest)
     outcome = staged.run(generating, key, nested(offered.items()))
     after = dict(leaves_of(outcome.present))
     kept_in_both = {

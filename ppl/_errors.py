@@ -40,6 +40,10 @@ class StrategyError(ExpectaxError, ValueError):
     """A gradient strategy does not fit the distribution or the place of its site."""
 
 
+class StorageError(ExpectaxError, ValueError):
+    """A file is damaged, hostile, of another version or of another program."""
+
+
 class NonFiniteError(ExpectaxError, FloatingPointError):
     """A computation met nan or inf; `result` holds all that was finished before."""
 

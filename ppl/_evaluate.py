@@ -43,11 +43,13 @@ class Visit(NamedTuple):
 class Visitor(NamedTuple):
     """`visit(site, leaves, source, given, mask)`: the source of randomness, the given value and the mask may be None.
 
-    `everywhere`: run all branches of a `cond`, with masks, instead of the one that is taken.
+    `everywhere`: run all branches of a `cond`, with masks, instead of the one that is taken. `fixed`: what the program
+    observes enters the choices too.
     """
 
     visit: Callable[[Site, list[Any], Any, Any, Any], Visit]
     everywhere: bool = False
+    fixed: bool = False
 
 
 class Outcome(NamedTuple):
@@ -67,9 +69,7 @@ class Outcome(NamedTuple):
 NOTHING = Outcome([], {}, 0.0, 0.0, {}, {})
 
 
-def evaluate(
-    jaxpr: Any, args: Any, visitor: Visitor, key: Any = None, given: Any = None, mask: Any = None
-) -> Outcome:
+def evaluate(jaxpr: Any, args: Any, visitor: Visitor, key: Any = None, given: Any = None, mask: Any = None) -> Outcome:
     """Walk a jaxpr.
 
     `given` is a nested dict shaped like the choices; scanned entries carry a leading time axis. `mask` tells in which
@@ -150,7 +150,7 @@ def _at_site(eqn: Any, operands: Any, visitor: Visitor, source: Any, given: dict
     if not isinstance(log_density, float):
         log_density = jnp.sum(_jax.tag(log_density, site.address))
     log_weight = log_weight if isinstance(log_weight, float) else jnp.sum(log_weight)
-    choices = {} if "value" in extras else {site.address: visit.record}
+    choices = {} if "value" in extras and not visitor.fixed else {site.address: visit.record}
     present = {} if counted is None or not choices else {site.address: jnp.broadcast_to(counted, shape)}
     return Outcome([visit.value], choices, log_density, log_weight, present, {})
 
@@ -189,7 +189,8 @@ def _inside(eqn: Any, values: Any, visitor: Visitor, found: Iterator[Any], given
             deterministic={address: outcome.deterministic} if outcome.deterministic else {},
         )
     if (custom := _jax.custom_jaxpr(eqn)) is not None:
-        return _underived(eqn, custom, values, visitor, key, given, mask)
+        run = underived(eqn, lambda *inputs: as_arrays(evaluate(custom, inputs[0], visitor, *inputs[1:])))
+        return run(values, key, given, mask)
     if eqn.primitive in _jax.SCAN:
         return _scan(eqn, values, visitor, key, given, mask)
     if branches_of(eqn) is not None:
@@ -223,22 +224,23 @@ def _scan(eqn: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, An
     )
 
 
-def _underived(
-    eqn: Any, inner: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, Any], mask: Any
-) -> Outcome:
-    """Run a function with a derivative rule of its own that holds sites: its values are right, its rule is lost."""
+def underived(eqn: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function with sites that stood in a derivative rule of the user's: its values are right, its rule is lost."""
+    function = jax.custom_jvp(run)
 
-    def run(values: Any, key: Any, given: Any, mask: Any) -> Outcome:
-        outcome = evaluate(inner, values, visitor, key, given, mask)
-        return outcome._replace(**{n: jnp.asarray(getattr(outcome, n)) for n in ("log_density", "log_weight")})
-
-    underived = jax.custom_jvp(run)
-
-    @underived.defjvp
+    @function.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
         raise ControlFlowError(
             f"the function with sites at {_jax.place(eqn)} has a derivative rule of its own (custom_jvp or custom_vjp), "
             "which does not speak of its choices; its derivative would be a guess. Take the sites out of it."
         )
 
-    return underived(values, key, given, mask)
+    return function
+
+
+def as_arrays(outcome: Outcome) -> Outcome:
+    """Return an outcome whose sums are arrays, so that JAX may carry it."""
+    dtype = jnp.result_type(float)
+    return outcome._replace(
+        log_density=jnp.asarray(outcome.log_density, dtype), log_weight=jnp.asarray(outcome.log_weight, dtype)
+    )

@@ -11,7 +11,7 @@ from jax import lax
 
 from . import _jax
 from ._branch import branch_p, branches_of, clamped, guarded, select
-from ._evaluate import Outcome, Visitor, evaluate
+from ._evaluate import Outcome, Visitor, as_arrays, evaluate
 from ._masked import expand
 from ._nested import leaves_of, merged, nested
 from ._table import Entry, site_table
@@ -51,11 +51,7 @@ def _taken(branches: Any, index: Any, operands: Any, visitor: Visitor, key: Any,
 
 
 def _run(branch: Any, visitor: Visitor, mask: Any, operands: Any, key: Any, given: Any) -> Outcome:
-    outcome = evaluate(branch, operands, visitor, key, given, mask)
-    dtype = jnp.result_type(float)
-    return outcome._replace(
-        log_density=jnp.asarray(outcome.log_density, dtype), log_weight=jnp.asarray(outcome.log_weight, dtype)
-    )
+    return as_arrays(evaluate(branch, operands, visitor, key, given, mask))
 
 
 def _constraints(branches: Any, given: Any) -> Any:
@@ -75,7 +71,7 @@ def _padded(outcome: Outcome, whole: Any, tables: list[dict[str, Entry]]) -> Out
                 present.setdefault(path, jnp.ones(entry.elements, bool))
                 continue
             present[path] = jnp.zeros(entry.elements, bool)
-            own[path] = jnp.zeros(shape.shape, shape.dtype)
+            own[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
         completed[name] = nested((path, own[path]) for path, _ in leaves_of(shapes))
     return outcome._replace(present=nested(sorted(present.items())), **completed)
 
@@ -106,7 +102,7 @@ def _overlaid(a: Outcome, b: Outcome) -> Outcome:
         values = dict(leaves_of(getattr(a, name)))
         for path, value in leaves_of(getattr(b, name)):
             here = dict(leaves_of(b.present))[path]
-            values[path] = jnp.where(expand(here, value), value, values[path]) if path in values else value
+            values[path] = _chosen(here, value, values[path]) if path in values else value
         shown[name] = nested(values.items())
     for path, here in leaves_of(b.present):
         present[path] = here | present[path] if path in present else here
@@ -114,3 +110,8 @@ def _overlaid(a: Outcome, b: Outcome) -> Outcome:
         [], shown["choices"], a.log_density + b.log_density, a.log_weight + b.log_weight, nested(present.items()),
         shown["deterministic"],
     )  # fmt: skip
+
+
+def _chosen(here: Any, ours: Any, theirs: Any) -> Any:
+    """Return what a branch recorded where it was taken, else what another did."""
+    return jax.tree.map(lambda a, b: jnp.where(expand(here, a), a, b), ours, theirs)

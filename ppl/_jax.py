@@ -184,7 +184,9 @@ def define_primitive(
     """
     primitive = Primitive(name)
     primitive.multiple_results = multiple_results
-    primitive.def_effectful_abstract_eval(lambda *args, **params: (abstract(*args, **params), {SITE} if site else set()))
+    primitive.def_effectful_abstract_eval(
+        lambda *args, **params: (abstract(*args, **params), {SITE} if site else set())
+    )
     primitive.def_impl(implementation)
     batching.fancy_primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, lowering)

@@ -14,7 +14,7 @@ from . import _jax
 
 
 class Masked(eqx.Module):
-    """A value that counts only where its mask is set. Made by `masked`; example: see there.
+    """A value that counts only where its mask is set. Example: see `masked`.
 
     Attributes:
         value: an array of the site's shape; what stands where the mask is not set does not matter.
@@ -23,7 +23,7 @@ class Masked(eqx.Module):
     """
 
     value: Array
-    mask: Bool[Array, "..."]
+    mask: Bool[Array, ...]
     missing: Array | None = None
 
 
@@ -60,7 +60,7 @@ def masked(value: Any, mask: Any = None) -> Masked:
 
 
 class At(eqx.Module):
-    """A constraint on some elements by their index; made by `at`; example: see there."""
+    """A constraint on some elements by their index; Example: see `at`."""
 
     index: Any
     value: Any

@@ -145,13 +145,15 @@ class Program:
 
     def __repr__(self) -> str:
         """Show the model and the shapes of its arguments."""
-        shown = [eqx.tree_pformat(a) for a in self.args] + [
-            f"{k}={eqx.tree_pformat(v)}" for k, v in self.kwargs.items()
-        ]
+        shown = [_shown(a) for a in self.args] + [f"{k}={_shown(v)}" for k, v in self.kwargs.items()]
         return f"<program {getattr(self.model, '__name__', '?')}({', '.join(shown)})>"
 
     def _nest(self, address: str) -> Any:
         return nest(address, functools.partial(self.model.function, *self.args, **self.kwargs))
+
+
+def _shown(argument: Any) -> str:
+    return repr(argument) if isinstance(argument, Program) else eqx.tree_pformat(argument)
 
 
 class Model:

@@ -156,7 +156,16 @@ def bind_site(
     given = {"value": value, "mask": mask, "scale": scale}
     extras = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
     site = Site(
-        address, structure, (), one.shape, jnp.dtype(one.dtype), gradient, tuple(extras), observed, where, known_support(d)
+        address,
+        structure,
+        (),
+        one.shape,
+        jnp.dtype(one.dtype),
+        gradient,
+        tuple(extras),
+        observed,
+        where,
+        known_support(d),
     )
     for name in ("mask", "scale"):
         if name in extras and extras[name].shape not in ((), tuple(d.batch_shape)):

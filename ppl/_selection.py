@@ -19,7 +19,7 @@ Chosen = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """A set of choices, by address and perhaps index. Made by `select`; example: see there."""
+    """A set of choices, by address and perhaps index. Example: see `select`."""
 
     operator: str
     parts: tuple[Any, ...]
@@ -125,7 +125,9 @@ def _named(name: Any, index: Any, sites: dict[str, Entry], what: str) -> Chosen:
     if index is None:
         return dict.fromkeys(found, True)
     if found != [name]:
-        raise AddressError(f"{what} at {where}: {name!r} is a nested model; an index belongs to a site, such as {found[0]!r}.")
+        raise AddressError(
+            f"{what} at {where}: {name!r} is a nested model; an index belongs to a site, such as {found[0]!r}."
+        )
     mask = np.zeros(sites[name].elements, bool)
     try:
         mask[index] = True

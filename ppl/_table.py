@@ -150,8 +150,6 @@ def choices_of(table: Table) -> Table:
     return part(table, lambda entry: entry.kind == "choice")
 
 
-
-
 def unfollowable(eqn: Any) -> ControlFlowError:
     """Return the error for sites inside an equation that no rule covers."""
     names = ", ".join(repr(a) for j in _jax.sub_jaxprs(eqn) for a in addresses(j))

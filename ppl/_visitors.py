@@ -160,6 +160,8 @@ projecting = Visitor(_project)
 """The log density of some elements alone."""
 recording = Visitor(_record)
 """The log densities of all elements, in place of the choices."""
+recording_all = Visitor(_record, fixed=True)
+"""The same, also of what the program observes."""
 rebinding = Visitor(_rebind, everywhere=True)
 """`vi.simulate`."""
 constraining = Visitor(_constrain)
