@@ -16,6 +16,7 @@ from ._errors import ShapeError as ShapeError
 from ._errors import StorageError as StorageError
 from ._errors import StrategyError as StrategyError
 from ._errors import SupportError as SupportError
+from ._marginalize import marginalize_discrete as marginalize_discrete
 from ._masked import At as At
 from ._masked import Masked as Masked
 from ._masked import at as at

@@ -78,6 +78,8 @@ def _equation(eqn: Any, inputs: list[Paths], path: str, taken: Paths, parents: d
     if (branches := branches_of(eqn)) is not None:
         runs = [_flow(b, inputs[1:], path, taken | inputs[0], parents) for b in branches]
         return [inputs[0].union(*cases) for cases in zip(*runs, strict=True)]
+    if eqn.primitive.name == "marginal":
+        return _marginal(eqn, inputs, path, taken, parents)
     num_consts, num_carry = _jax.scan_sizes(eqn)
     cut = num_consts + num_carry
     carry = inputs[num_consts:cut]
@@ -87,3 +89,18 @@ def _equation(eqn: Any, inputs: list[Paths], path: str, taken: Paths, parents: d
         if wider == carry:
             return [*carry, *outputs[num_carry:]]
         carry = wider
+
+
+def _marginal(eqn: Any, inputs: list[Paths], path: str, taken: Paths, parents: dict[str, Paths]) -> list[Paths]:
+    """Sites that depend on a choice that is summed out depend on what it depends on."""
+    own: dict[str, Paths] = {}
+    outputs = _flow(eqn.params["jaxpr"], inputs, path, taken, own)
+    hidden = {path + name for name in eqn.params["hidden"]}
+    for child, found in own.items():
+        if child in hidden:
+            continue
+        while found & hidden:
+            through = found & hidden
+            found = (found - hidden).union(*(own[name] - {name} for name in through))
+        parents[child] = parents.get(child, frozenset()) | found
+    return outputs

@@ -44,12 +44,13 @@ class Visitor(NamedTuple):
     """`visit(site, leaves, source, given, mask)`: the source of randomness, the given value and the mask may be None.
 
     `everywhere`: run all branches of a `cond`, with masks, instead of the one that is taken. `fixed`: what the program
-    observes enters the choices too.
+    observes enters the choices too. `kind` names the visitor, for programs whose sites cannot be visited one by one.
     """
 
     visit: Callable[[Site, list[Any], Any, Any, Any], Visit]
     everywhere: bool = False
     fixed: bool = False
+    kind: str = ""
 
 
 class Outcome(NamedTuple):
@@ -197,6 +198,10 @@ def _inside(eqn: Any, values: Any, visitor: Visitor, found: Iterator[Any], given
         from ._evaluate_branch import evaluate_branches
 
         return evaluate_branches(eqn, values, visitor, key, given, mask)
+    if eqn.primitive.name == "marginal":
+        from ._marginalize import evaluate_marginal
+
+        return evaluate_marginal(eqn, values, visitor, key, given, mask)
     raise unfollowable(eqn)
 
 

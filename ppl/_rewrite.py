@@ -99,6 +99,8 @@ class _Rewriting(NamedTuple):
             return self._scan(eqn, values, data, path)
         if (branches := branches_of(eqn)) is not None:
             return self._branches(eqn, branches, values, data, path)
+        if eqn.primitive.name == "marginal":
+            return self._marginal(eqn, values, data, path)
         raise unfollowable(eqn)
 
     def _site(self, site: Site, operands: list[Any], data: Choices, path: str) -> Any:
@@ -126,6 +128,16 @@ class _Rewriting(NamedTuple):
             step, carry, (here, xs), length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
         )
         return [*carry, *ys]
+
+    def _marginal(self, eqn: Any, values: list[Any], data: Choices, path: str) -> list[Any]:
+        """Rewrite the program whose choices are summed out; those themselves stay, at their addresses."""
+        known = _addresses(eqn.params["jaxpr"])
+        here = {a: value for a, value in data.items() if a in known}
+        leaves, structure = jax.tree.flatten((values, here))
+        walk = _Rewriting(self.rule, lambda p: p.rsplit("/", 1)[-1])
+        run = lambda *xs: walk.run(eqn.params["jaxpr"], *jax.tree.unflatten(structure, xs), path)  # noqa: E731
+        closed = jax.make_jaxpr(run)(*leaves)
+        return eqn.primitive.bind(*leaves, jaxpr=closed, hidden=eqn.params["hidden"])
 
     def _branches(self, eqn: Any, branches: Any, values: list[Any], data: Choices, path: str) -> list[Any]:
         index, *operands = values

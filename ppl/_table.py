@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from . import _jax
 from ._branch import branch_p, branches_of
 from ._errors import AddressError, ControlFlowError, ShapeError
+from ._nested import leaves_of, nested
 from ._nesting import scope_address
 from ._observe import Recorded, deterministic_p
 from ._sample import Site, sample_p
@@ -89,7 +90,13 @@ def _entries(eqn: Any, times: tuple[int, ...]) -> Table:
         return site_table(eqn.params["jaxpr"], (*times, eqn.params["length"]))
     if (branches := branches_of(eqn)) is not None:
         return _union([site_table(branch, times) for branch in branches])
+    if eqn.primitive.name == "marginal":
+        return _without(site_table(eqn.params["jaxpr"], times), frozenset(eqn.params["hidden"]))
     raise unfollowable(eqn)
+
+
+def _without(table: Table, hidden: frozenset[str]) -> Table:
+    return nested((path, entry) for path, entry in leaves_of(table) if path not in hidden)
 
 
 def has_sites(eqn: Any) -> bool:

@@ -150,13 +150,13 @@ def _unconstrain(site: Site, leaves: Any, source: Any, given: Any, mask: Any) ->
     return Visit(given, lanes_of(site, one, given, leaves=leaves), 0.0, 0.0)
 
 
-generating = Visitor(_generate)
+generating = Visitor(_generate, kind="generate")
 """`simulate`, `generate`."""
-assessing = Visitor(_assess)
+assessing = Visitor(_assess, kind="assess")
 """`assess`."""
-weighing = Visitor(_weigh)
+weighing = Visitor(_weigh, kind="weigh")
 """The log density of some elements, and of what the program observes."""
-projecting = Visitor(_project)
+projecting = Visitor(_project, kind="project")
 """The log density of some elements alone."""
 recording = Visitor(_record)
 """The log densities of all elements, in place of the choices."""
@@ -164,7 +164,7 @@ recording_all = Visitor(_record, fixed=True)
 """The same, also of what the program observes."""
 rebinding = Visitor(_rebind, everywhere=True)
 """`vi.simulate`."""
-constraining = Visitor(_constrain)
+constraining = Visitor(_constrain, kind="constrain")
 """From unconstrained space into the support."""
-unconstraining = Visitor(_unconstrain)
+unconstraining = Visitor(_unconstrain, kind="constrain")
 """Out of the support into unconstrained space."""

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from expectax.ppl import _jax
+from expectax.ppl._flow import Axes, Dependence, of
 
-from ._credit import Axes, Dependence, of
 from ._strategy import Reinforce
 
 sg = lax.stop_gradient

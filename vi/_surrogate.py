@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from expectax.ppl import _jax
+from expectax.ppl._flow import Dependence, flow, lane_mover, merge, mixed, moved, of
 from expectax.ppl._sample import Site, sample_p
 from expectax.ppl._sources import sources
 from expectax.ppl._visitors import draw_site
 
 from ._boxes import Samples, Score, boxed_sum
-from ._credit import Dependence, flow, lane_mover, merge, mixed, moved, of
 from ._strategy import Enum, Reinforce, joint_support
 
 sg = lax.stop_gradient

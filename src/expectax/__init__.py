@@ -22,6 +22,7 @@ from .ppl import do as do
 from .ppl import factor as factor
 from .ppl import load_trace as load_trace
 from .ppl import log_likelihood as log_likelihood
+from .ppl import marginalize_discrete as marginalize_discrete
 from .ppl import mask as mask
 from .ppl import masked as masked
 from .ppl import model as model
@@ -60,6 +61,7 @@ __all__ = [
     "inference",
     "load_trace",
     "log_likelihood",
+    "marginalize_discrete",
     "mask",
     "masked",
     "model",

@@ -18,7 +18,7 @@ from jax import lax
 
 import expectax as ex
 from expectax import dist, vi
-from expectax.vi._credit import flow, of
+from expectax.ppl._flow import flow, of
 from expectax.vi._flat import flatten
 from helpers import two_stage_z
 

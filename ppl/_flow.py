@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from expectax.ppl import _jax
+from . import _jax
 
 Axes = tuple[int | None, ...]
 Dependence = dict[int, Axes]
@@ -82,7 +82,7 @@ def _mover(eqn: Any, number: int, out: tuple[int, ...]) -> Callable[[int], int |
     name, params = eqn.primitive.name, eqn.params
     shape = eqn.invars[number].aval.shape
     if name in _ELEMENTWISE:
-        return (lambda a: a) if shape == out else _nowhere
+        return lambda a: a if len(shape) == len(out) and shape[a] == out[a] else None
     if name in _REDUCTIONS:
         gone = params["axes"]
         return lambda a: None if a in gone else a - sum(g < a for g in gone)

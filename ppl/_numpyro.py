@@ -1,0 +1,291 @@
+"""`from_numpyro`: a NumPyro model as a model of expectax, site by site and with the same density.
+
+NumPyro sends a message for every statement through a stack of handlers. Ours is the outermost of the model: by the
+time it sees a message, the model's own plates, masks, scales and conditions have done their part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import traceback
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from jax import lax
+from numpyro import distributions as dist
+from numpyro import handlers, primitives
+
+from . import _jax
+from ._errors import AddressError, ControlFlowError, DistributionError, ExpectaxError, ShapeError
+from ._observe import Recorded, deterministic_p
+from ._program import Model
+from ._sample import bind_site, check_address
+
+_MACHINERY = (*_jax._MACHINERY, os.path.dirname(str(numpyro.__file__)) + os.sep)
+
+
+def from_numpyro(model_fn: Callable[..., Any]) -> Model:
+    r"""Turn a NumPyro model function into a model of the same arguments and the same density.
+
+    Args:
+        model_fn: a function of `numpyro.sample`, `plate`, `deterministic`, `factor`, `handlers.mask`, `handlers.scale`,
+            and `scan` and `cond` of `numpyro.contrib.control_flow`; it may be wrapped in handlers (`condition`,
+            `substitute`, `reparam`, `lift`). It needs no `seed`.
+
+    Returns:
+        A `Model` with the sites' names. A site has its distribution's shape in all its plates; in a scan, time comes
+        first. With `obs=` it is fixed, as by `observe`; with `obs=None` it is a choice: call the model with `y=None`
+        and condition with `.given({"y": y})`. An observation larger than the site's batch makes the site as large, as
+        in NumPyro; a smaller one, which NumPyro would count more than once, is refused.
+
+    Raises:
+        ControlFlowError: when the model runs: a plate draws a subsample; `numpyro.prng_key` or `mutable`; a scan or
+            cond under a plate, or under a handler that has no meaning for each step.
+        DistributionError: a `numpyro.param` or `module` has no value: pass it as an argument.
+        AddressError: a name has a `/`, or is used twice.
+        ShapeError: an observation or a scale does not have the shape of its site.
+
+    $\log p$ equals `numpyro.infer.util.log_density` (Phan et al. 2019) inside the supports; outside it is minus
+    infinity, where NumPyro may be finite. A choice under a mask counts, and is `present`, only where the mask is set;
+    NumPyro has a flat density elsewhere. `infer=` hints (enumeration) are ignored. The choices of a reversed scan are in
+    the order of time, as in NumPyro's trace (its `log_density` wants them in the order of the steps).
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, expectax as ex
+        >>> from expectax import dist
+        >>> from expectax.ppl._numpyro import from_numpyro
+        >>> def coins(n, y=None):
+        ...     p = numpyro.sample("p", dist.Beta(1.0, 1.0))
+        ...     with numpyro.plate("tosses", n):
+        ...         numpyro.sample("y", dist.Bernoulli(p), obs=y)
+        >>> posterior = from_numpyro(coins)(3).given({"y": jnp.array([1, 0, 1])})
+        >>> round(float(posterior.log_density({"p": 0.5})), 4)
+        -2.0794
+        >>> round(float(from_numpyro(coins)(3, jnp.array([1, 0, 1])).assess({"p": 0.5})[0]), 4)
+        -2.0794
+    """
+    if isinstance(model_fn, Model) or not callable(model_fn):
+        raise TypeError(f"from_numpyro takes a function with numpyro.sample statements, got {model_fn!r}.")
+
+    @functools.wraps(model_fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with _Binder():
+                return model_fn(*args, **kwargs)
+        except NotImplementedError as error:  # numpyro's own refusal has no type and no place
+            if isinstance(error, ExpectaxError) or "control flow" not in str(error):
+                raise
+            where = _place(reversed(list(traceback.walk_tb(error.__traceback__))))
+            raise ControlFlowError(
+                f"numpyro scan or cond at {where} stands under a plate, where its time axis has no place. Put the plate "
+                "into the body."
+            ) from error
+
+    return Model(run)
+
+
+class _Binder(primitives.Messenger):
+    """Turns each message into equations of expectax, and lets none go on to handlers that enclose it."""
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample":
+            _sample(msg)
+        elif msg["type"] == "deterministic":
+            value = jnp.asarray(msg["value"])
+            site = Recorded(_address(msg), (), value.shape, value.dtype, _place())
+            msg["value"] = deterministic_p.bind(value, site=site)
+        elif msg["type"] == "control_flow":
+            stack = primitives._PYRO_STACK  # no public name tells which handlers a message has met
+            _control_flow(msg, stack[stack.index(self) + 1 :])
+        elif msg["type"] not in ("inspect", "subsample"):  # the handlers inside have answered those
+            _fixed(msg)
+        msg["stop"] = True
+
+
+# --- sites ------------------------------------------------------------------------------------------------------
+
+
+def _sample(msg: Any) -> None:
+    address, where, value = _address(msg), _place(), msg["value"]
+    d, mask = _unmasked(msg["fn"])
+    auxiliary = isinstance(getattr(d, "base_dist", d), dist.Unit)  # a factor: its value has no elements
+    if value is None:
+        d = d.expand((*msg["kwargs"].get("sample_shape", ()), *d.batch_shape))
+    elif auxiliary:
+        value = jnp.zeros(d.shape())
+    else:
+        value = jnp.asarray(value)
+        d = d.expand(_observed_batch(address, d, value, where))
+    mask, scale = (_spread(x, tuple(d.batch_shape)) for x in (mask, msg.get("scale")))
+    fixed = value if value is None or mask is None else _harmless(d, value, mask)
+    observed = bool(msg.get("is_observed")) and not auxiliary
+    bound = bind_site(address, d, where, value=fixed, mask=mask, scale=scale, observed=observed)
+    if value is not None:  # the model goes on with what it gave, also where it is masked or of another dtype
+        bound = lax.convert_element_type(bound, value.dtype)
+        bound = bound if mask is None else jnp.where(_over_events(d, mask), bound, value)
+    msg["value"] = bound
+
+
+def _unmasked(d: dist.Distribution) -> tuple[dist.Distribution, Any]:
+    """Return a distribution without its outermost masks, and their conjunction (None: all is counted)."""
+    if isinstance(d, dist.MaskedDistribution):
+        inner, mask = _unmasked(d.base_dist)
+        own = None if d._mask is True else jnp.asarray(d._mask)
+        return inner, own if mask is None else mask if own is None else own & mask
+    if isinstance(d, dist.ExpandedDistribution):
+        inner, mask = _unmasked(d.base_dist)
+        return (d, None) if mask is None else (inner.expand(d.batch_shape), mask)
+    return d, None
+
+
+def _observed_batch(address: str, d: dist.Distribution, value: Any, where: str) -> tuple[int, ...]:
+    """Return the batch shape of a site that has this value; refuse a value that would be counted more than once."""
+    event = tuple(d.event_shape)
+    with contextlib.suppress(ValueError):
+        batch = lax.broadcast_shapes(tuple(d.batch_shape), value.shape[: value.ndim - len(event)])
+        if value.shape == (*batch, *event):
+            return batch
+    raise ShapeError(
+        f"site {address!r} at {where}: obs has shape {value.shape}, but the site has batch shape {tuple(d.batch_shape)} "
+        f"and event shape {event}; numpyro would broadcast one against the other. Give obs the site's shape (jnp.reshape, "
+        "jnp.broadcast_to), or put the site in the plate of its data."
+    )
+
+
+def _spread(x: Any, batch: tuple[int, ...]) -> Any:
+    """Return a mask or scale over the whole batch, if it fits; `bind_site` refuses what does not."""
+    with contextlib.suppress(ValueError):
+        return x if x is None or jnp.ndim(x) == 0 else jnp.broadcast_to(x, batch)
+    return x
+
+
+def _harmless(d: dist.Distribution, value: Any, mask: Any) -> Any:
+    """Return the value with a point of the support where it is masked: a nan there would spoil derivatives."""
+    support: Any = d.support
+    try:
+        return jnp.where(_over_events(d, mask), value, jnp.asarray(support.feasible_like(value), value.dtype))
+    except NotImplementedError:
+        return value
+
+
+def _over_events(d: dist.Distribution, mask: Any) -> Any:
+    return jnp.reshape(mask, (*jnp.shape(mask), *(1,) * d.event_dim))
+
+
+# --- control flow -----------------------------------------------------------------------------------------------
+
+_CARRIED = (handlers.mask, handlers.scale, handlers.scope)  # around each step they mean the same as around the whole
+_ANSWERED = (handlers.condition, handlers.substitute, handlers.seed, handlers.infer_config)
+
+
+def _control_flow(msg: Any, enclosing: list[Any]) -> None:
+    """Run a scan or cond as JAX's, with a binder inside; the message's results are numpyro's, without its trace."""
+    what, given = f"numpyro {msg['fn'].__name__.removesuffix('_wrapper')} at {_place()}", msg["kwargs"]["substitute_stack"]
+    for handler in enclosing:
+        array = jnp.ndim(getattr(handler, "mask", 0)) or jnp.ndim(getattr(handler, "scale", 0))
+        if array or type(handler) not in _CARRIED + _ANSWERED:
+            raise ControlFlowError(
+                f"{what} stands under handlers.{type(handler).__name__}{' with an array' if array else ''}, whose meaning "
+                "for each step is not known. Put the handler into the body."
+            )
+    carried = [handler for handler in enclosing if type(handler) in _CARRIED]
+    no_trace = types.SimpleNamespace(trace={})
+    if "history" not in msg["kwargs"]:
+        pred, true_fun, false_fun, operand = msg["args"]
+        branches = (functools.partial(_inside, carried, given, f, None, None) for f in (true_fun, false_fun))
+        msg["value"] = lax.cond(pred, *branches, operand), no_trace
+        return
+    f, init, xs, length, reverse = msg["args"]
+    if given and reverse:
+        raise ControlFlowError(
+            f"{what} is reversed and stands under a handler with values, whose steps numpyro counts from the other end "
+            "than its trace. Pass the data as xs, with obs=."
+        )
+    length = jnp.shape(jax.tree.leaves(xs)[0])[0] if length is None else length
+
+    def step(carry: Any, inputs: Any) -> Any:
+        return _inside(carried, given, f, inputs[0], length, carry, inputs[1])
+
+    carry, ys = lax.scan(step, init, (jnp.arange(length), xs), length=length, reverse=reverse)
+    msg["value"] = (length, None, carry), (no_trace, ys)
+
+
+def _inside(carried: list[Any], given: Any, f: Any, index: Any, length: Any, *operands: Any) -> Any:
+    """Run a body whose messages go to a binder of its own, under the enclosing handlers' part in it."""
+    for kind, data in given:
+        f = getattr(handlers, kind)(f, **{f"{kind}_fn": functools.partial(_given, data, index, length)})
+    with contextlib.ExitStack() as stack:
+        for handler in (_Binder(), *carried):
+            stack.enter_context(handler)
+        return f(*operands)
+
+
+def _given(data: Any, index: Any, length: Any, msg: Any) -> Any:
+    """Return the value that a handler around the control flow has for one site (of one step)."""
+    if index is not None and msg["type"] != "sample":
+        return None
+    value = data(msg) if callable(data) else data.get(msg["name"])
+    if value is None or index is None:
+        return value
+    shape = (*msg["kwargs"]["sample_shape"], *msg["fn"].shape())
+    if jnp.ndim(value) == len(shape):
+        return value
+    if jnp.ndim(value) == len(shape) + 1 and jnp.shape(value)[0] == length:
+        return jnp.asarray(value)[index]
+    raise ShapeError(
+        f"{_met(msg)}: a value of shape {jnp.shape(value)} was given by a handler around a scan of {length} steps; "
+        f"expected {(length, *shape)}, or {shape} for all steps."
+    )
+
+
+# --- what is refused, and places --------------------------------------------------------------------------------
+
+_REFUSED = {
+    "plate": (
+        "it draws a subsample anew in each run, which has no density. Pass the batch as an argument, and write "
+        "numpyro.plate(name, len(batch)) and numpyro.handlers.scale(scale=size / len(batch))."
+    ),
+    "param": (
+        "a parameter, or a numpyro.module's, is no choice. Pass it as an argument of the model, or give it a value "
+        "(numpyro.handlers.substitute) or a prior (numpyro.handlers.lift)."
+    ),
+    "prng_key": (
+        "randomness without a site (also a choice under handlers.block or handlers.uncondition) has no density. Make it "
+        "a numpyro.sample, or pass a key as an argument."
+    ),
+}
+
+
+def _fixed(msg: Any) -> None:
+    """Refuse a statement to which no handler of the model has given a value."""
+    if msg["type"] not in _REFUSED or msg["value"] is None:
+        error = DistributionError if msg["type"] == "param" else ControlFlowError
+        raise error(f"{_met(msg)}: {_REFUSED.get(msg['type'], 'it has no meaning in expectax. Remove it.')}")
+
+
+def _met(msg: Any) -> str:
+    return f"numpyro {msg['type']} {msg.get('name', '')!r} at {_place()}"
+
+
+def _address(msg: Any) -> str:
+    if "/" in str(msg["name"]):
+        raise AddressError(
+            f"{_met(msg)}: an address of expectax has no '/'. Rename the site, or give its scope another divider: "
+            "numpyro.handlers.scope(prefix=..., divider='.')."
+        )
+    check_address(msg["name"], _place())
+    return msg["name"]
+
+
+def _place(frames: Iterable[Any] | None = None) -> str:
+    """Return `file:line` of the nearest frame outside the machinery, of which numpyro is a part here."""
+    for frame, line in traceback.walk_stack(None) if frames is None else frames:
+        if not frame.f_code.co_filename.startswith(_MACHINERY):
+            return f"{frame.f_code.co_filename}:{line}"
+    return "unknown"
