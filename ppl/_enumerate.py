@@ -109,7 +109,9 @@ class Walk:
         for number, branch in enumerate(branches):
             taken = lifted(lambda i, n=number: clamped(i, len(branches)) == n, index)
             if mask is not None:
-                taken = lifted(lambda t, m: t & jnp.reshape(m, jnp.shape(m) + (1,) * (t.ndim - jnp.ndim(m))), taken, mask)
+                taken = lifted(
+                    lambda t, m: t & jnp.reshape(m, jnp.shape(m) + (1,) * (t.ndim - jnp.ndim(m))), taken, mask
+                )
             operands = [lifted(lambda t, x: guarded(t, [x])[0], taken, x) for x in values[1:]]
             results.append(self.run(branch, operands, given, counted, path, taken))
         chosen = lambda i, *cases: select(clamped(i, len(branches)), list(cases))  # noqa: E731
@@ -117,7 +119,9 @@ class Walk:
 
     # --- sites ---
 
-    def _site(self, site: Site, operands: list[Lifted], given: Choices, counted: Choices, path: str, mask: Any) -> Lifted:
+    def _site(
+        self, site: Site, operands: list[Lifted], given: Choices, counted: Choices, path: str, mask: Any
+    ) -> Lifted:
         here = path + site.address
         depends = _elements_of(site, operands)
         if here in self.hidden:
@@ -165,7 +169,9 @@ class Walk:
         bare, leaves, _ = site.split([_one(x) for x in operands])
         support = single_support(bare, leaves)
         if support is None or site.fixed:
-            raise ControlFlowError(f"marginalize_discrete: {path!r} at {site.where} has no finite support that is known.")
+            raise ControlFlowError(
+                f"marginalize_discrete: {path!r} at {site.where} has no finite support that is known."
+            )
         elements = site.element_shape
         number = self.variable(path, len(support), elements)
         spread = support.reshape(len(support), *(1 for _ in elements), *support.shape[1:])
@@ -196,7 +202,9 @@ class Walk:
         if path in self.records:
             return self.records[path]
         if isinstance(own, Partial):
-            raise ControlFlowError(f"marginalize_discrete: {path!r} at {site.where} has missing data; observe it wholly.")
+            raise ControlFlowError(
+                f"marginalize_discrete: {path!r} at {site.where} has missing data; observe it wholly."
+            )
         bijection = _bijection(site, operands, path)
         if self.mode == "unconstrain":
             return bijection.inv(own)

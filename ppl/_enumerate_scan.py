@@ -133,7 +133,9 @@ def _step(loop: _Loop, form: _Form, carry: list[Any], alpha: Any, inputs: Any, x
     outputs = inner.run(loop.eqn.params["jaxpr"], lifted, given, merged(flags, loop.whole), loop.path, loop.mask)
     for output in outputs[:num_carry]:
         if isinstance(output, Lost):
-            raise ControlFlowError(f"marginalize_discrete: the carry of the scan at {_jax.place(loop.eqn)}: {output.reason}.")
+            raise ControlFlowError(
+                f"marginalize_discrete: the carry of the scan at {_jax.place(loop.eqn)}: {output.reason}."
+            )
     depends: set[int] = set().union(*(o.depends for o in outputs[:num_carry]))
     if set(form.before) & depends:
         path = walk.variables[next(iter(set(form.before) & depends))].path
@@ -255,4 +257,3 @@ def _stacked(array: Any, output: Any, done: _Step) -> Any:
         return Lost(f"the outputs of a scan that hold {path!r}, which is summed out; use it inside the scan")
     depends = {n: tuple(None if a is None else a + 1 for a in axes) for n, axes in output.depends.items()}
     return Lifted(jnp.moveaxis(array, 0, len(depends)), depends)
-

@@ -6,6 +6,7 @@ the visitor. Control flow is a rule per kind of equation; branches have theirs i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from ._masked import Masked
 from ._nesting import scope_address
 from ._observe import deterministic_p
 from ._sample import Site, sample_p
-from ._sources import sources
+from ._sources import sources_of_each
 from ._table import has_sites, site_table, unfollowable
 
 
@@ -44,13 +45,16 @@ class Visitor(NamedTuple):
     """`visit(site, leaves, source, given, mask)`: the source of randomness, the given value and the mask may be None.
 
     `everywhere`: run all branches of a `cond`, with masks, instead of the one that is taken. `fixed`: what the program
-    observes enters the choices too. `kind` names the visitor, for programs whose sites cannot be visited one by one.
+    observes enters the choices too. `kind` names the visitor, for programs whose sites cannot be visited one by one;
+    one of kind `generate` draws by `draw(site, leaves, source)`, or `draw_alike` for several sites at once.
     """
 
     visit: Callable[[Site, list[Any], Any, Any, Any], Visit]
     everywhere: bool = False
     fixed: bool = False
     kind: str = ""
+    draw: Callable[..., Any] | None = None
+    draw_alike: Callable[..., Any] | None = None
 
 
 class Outcome(NamedTuple):
@@ -77,9 +81,15 @@ def evaluate(jaxpr: Any, args: Any, visitor: Visitor, key: Any = None, given: An
     of the outermost lanes the walk counts.
     """
     given = given or {}
-    equations = _jax.close(jaxpr)[0].eqns
-    found = iter(()) if key is None else sources(equations, key, lambda site: draws(given.get(site.address)))
-    return _call(jaxpr, args, visitor, found, given, mask)
+    env, opened = _jax.Environment.of(jaxpr, args), _jax.close(jaxpr)[0]
+    found = [] if key is None else sources_of_each(opened.eqns, key, lambda site: draws(given.get(site.address)))
+    if key is None or visitor.draw is None or mask is not None:
+        outcome = walk(opened.eqns, env, visitor, itertools.chain(*found), given, mask)
+    else:
+        from ._together import walk_together
+
+        outcome = walk_together(opened.eqns, env, visitor, found, given)
+    return outcome._replace(outputs=[env.read(v) for v in opened.outvars])
 
 
 def draws(given: Any) -> bool:

@@ -93,9 +93,8 @@ def _plan(number: int, factors: list[Factor], variables: Variables) -> int | Non
         if number not in factor.depends:
             continue
         own = {axis for axis in factor.depends[number] if axis is not None}
-        for other, axes in factor.depends.items():
-            if any(axis is not None and axis not in own for axis in axes):
-                return None
+        if any(axis is not None and axis not in own for axes in factor.depends.values() for axis in axes):
+            return None
         involved |= set(factor.depends)
     size = 1
     for other in involved:

@@ -223,4 +223,3 @@ def _generate(run: _Run, key: Any, given: Choices) -> Outcome:
         proposal = run.walk("score", nested(choices.items()), nested(flags.items()), count_fixed=False)
         log_weight = whole.log_density - proposal.log_density
     return whole._replace(log_weight=log_weight, choices=nested(choices.items()), outputs=drawn.outputs)
-

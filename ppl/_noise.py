@@ -25,22 +25,38 @@ class Request(NamedTuple):
     size: int
 
 
-class Noise(NamedTuple):
-    """Base noise handed to a site."""
+class Noise:
+    """Base noise handed to a site: one row of an array that serves all sites that want as many numbers."""
 
-    values: Any
+    def __init__(self, pool: Any, row: int, shape: tuple[int, ...]):
+        """Refer to a row; it is cut out when it is asked for."""
+        self.pool, self.row, self.shape = pool, row, shape
+
+    @property
+    def values(self) -> Any:
+        """The site's numbers, in the shape of its value."""
+        return self.pool[self.row].reshape(self.shape)
+
+    @staticmethod
+    def stacked(sources: list[Noise]) -> Any:
+        """Return the numbers of several sites of one shape, along a new first axis."""
+        first, rows = sources[0], [source.row for source in sources]
+        if any(source.pool is not first.pool for source in sources):
+            return jnp.stack([source.values for source in sources])
+        pool = first.pool if rows == list(range(len(first.pool))) else first.pool[jnp.asarray(rows)]
+        return pool.reshape(len(sources), *first.shape)
 
 
-def noise(key: jax.Array, requests: list[Request], dtype: Any) -> list[jax.Array]:
-    """Return one flat array per request, all drawn at once."""
+def noise(key: jax.Array, requests: list[Request], dtype: Any) -> list[tuple[jax.Array, int]]:
+    """Return for each request an array and the row that is its own, all drawn at once."""
     groups: dict[tuple[str, int], list[int]] = {}
     for number, request in enumerate(requests):
         groups.setdefault((request.kind, request.size), []).append(number)
     plan = tuple((kind, size, tuple(requests[n].code for n in ns)) for (kind, size), ns in groups.items())
     drawn = noise_p.bind(key, plan=plan, outer=(), dtype=jnp.dtype(dtype))
-    result: dict[int, jax.Array] = {}
+    result: dict[int, tuple[jax.Array, int]] = {}
     for array, numbers in zip(drawn, groups.values(), strict=True):
-        result.update((n, array[s]) for s, n in enumerate(numbers))
+        result.update((n, (array, s)) for s, n in enumerate(numbers))
     return [result[n] for n in range(len(requests))]
 
 

@@ -1,7 +1,7 @@
 """`from_numpyro`: a NumPyro model as a model of expectax, site by site and with the same density.
 
-NumPyro sends a message for every statement through a stack of handlers. Ours is the outermost of the model: by the
-time it sees a message, the model's own plates, masks, scales and conditions have done their part.
+NumPyro sends a message for every statement through a stack of handlers. Ours is the outermost: when it sees a message,
+the model's own plates, masks, scales and conditions have done their part.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from numpyro import handlers, primitives
 
 from . import _jax
 from ._errors import AddressError, ControlFlowError, DistributionError, ExpectaxError, ShapeError
+from ._masked import expand
 from ._observe import Recorded, deterministic_p
 from ._program import Model
 from ._sample import bind_site, check_address
@@ -34,30 +35,27 @@ def from_numpyro(model_fn: Callable[..., Any]) -> Model:
     r"""Turn a NumPyro model function into a model of the same arguments and the same density.
 
     Args:
-        model_fn: a function of `numpyro.sample`, `plate`, `deterministic`, `factor`, `handlers.mask`, `handlers.scale`,
-            and `scan` and `cond` of `numpyro.contrib.control_flow`; it may be wrapped in handlers (`condition`,
-            `substitute`, `reparam`, `lift`). It needs no `seed`.
+        model_fn: a function with `numpyro.sample`, `plate`, `deterministic`, `factor`, `handlers.mask`, `handlers.scale`
+            and the control flow `scan` and `cond`. It may be wrapped in other handlers (`condition`, `substitute`,
+            `reparam`, `lift`); it needs no `seed`.
 
     Returns:
         A `Model` with the sites' names. A site has its distribution's shape in all its plates; in a scan, time comes
-        first. With `obs=` it is fixed, as by `observe`; with `obs=None` it is a choice: call the model with `y=None`
-        and condition with `.given({"y": y})`. An observation larger than the site's batch makes the site as large, as
-        in NumPyro; a smaller one, which NumPyro would count more than once, is refused.
+        first. With `obs=` it is fixed, as by `observe`; with `obs=None` it is a choice, for `.given({"y": y})`. An
+        observation larger than the site's batch makes the site as large; a smaller one is refused.
 
     Raises:
-        ControlFlowError: when the model runs: a plate draws a subsample; `numpyro.prng_key` or `mutable`; a scan or
-            cond under a plate, or under a handler that has no meaning for each step.
+        ControlFlowError: when the model runs: a plate draws a subsample; `numpyro.prng_key`; a scan or cond under a
+            plate, or under a handler that has no meaning for each step.
         DistributionError: a `numpyro.param` or `module` has no value: pass it as an argument.
-        AddressError: a name has a `/`, or is used twice.
-        ShapeError: an observation or a scale does not have the shape of its site.
+        AddressError, ShapeError: a name has a `/` or is used twice; an observation or scale does not fit its site.
 
     $\log p$ equals `numpyro.infer.util.log_density` (Phan et al. 2019) inside the supports; outside it is minus
-    infinity, where NumPyro may be finite. A choice under a mask counts, and is `present`, only where the mask is set;
-    NumPyro has a flat density elsewhere. `infer=` hints (enumeration) are ignored. The choices of a reversed scan are in
-    the order of time, as in NumPyro's trace (its `log_density` wants them in the order of the steps).
+    infinity. A choice under a mask counts, and is `present`, only where the mask is set (NumPyro: flat elsewhere).
+    `infer=` hints are ignored. A reversed scan's choices are in the order of time (NumPyro's `log_density`: of steps).
 
     Example:
-        >>> import jax.numpy as jnp, numpyro, expectax as ex
+        >>> import jax.numpy as jnp, numpyro
         >>> from expectax import dist
         >>> from expectax.ppl._numpyro import from_numpyro
         >>> def coins(n, y=None):
@@ -67,10 +65,8 @@ def from_numpyro(model_fn: Callable[..., Any]) -> Model:
         >>> posterior = from_numpyro(coins)(3).given({"y": jnp.array([1, 0, 1])})
         >>> round(float(posterior.log_density({"p": 0.5})), 4)
         -2.0794
-        >>> round(float(from_numpyro(coins)(3, jnp.array([1, 0, 1])).assess({"p": 0.5})[0]), 4)
-        -2.0794
     """
-    if isinstance(model_fn, Model) or not callable(model_fn):
+    if not callable(model_fn) or isinstance(model_fn, Model):
         raise TypeError(f"from_numpyro takes a function with numpyro.sample statements, got {model_fn!r}.")
 
     @functools.wraps(model_fn)
@@ -82,10 +78,8 @@ def from_numpyro(model_fn: Callable[..., Any]) -> Model:
             if isinstance(error, ExpectaxError) or "control flow" not in str(error):
                 raise
             where = _place(reversed(list(traceback.walk_tb(error.__traceback__))))
-            raise ControlFlowError(
-                f"numpyro scan or cond at {where} stands under a plate, where its time axis has no place. Put the plate "
-                "into the body."
-            ) from error
+            refusal = f"numpyro scan or cond at {where} stands under a numpyro.plate. Put the plate into its body."
+            raise ControlFlowError(refusal) from error
 
     return Model(run)
 
@@ -117,34 +111,33 @@ def _sample(msg: Any) -> None:
     auxiliary = isinstance(getattr(d, "base_dist", d), dist.Unit)  # a factor: its value has no elements
     if value is None:
         d = d.expand((*msg["kwargs"].get("sample_shape", ()), *d.batch_shape))
-    elif auxiliary:
-        value = jnp.zeros(d.shape())
     else:
-        value = jnp.asarray(value)
+        value = jnp.zeros(d.shape()) if auxiliary else jnp.asarray(value)
         d = d.expand(_observed_batch(address, d, value, where))
     mask, scale = (_spread(x, tuple(d.batch_shape)) for x in (mask, msg.get("scale")))
-    fixed = value if value is None or mask is None else _harmless(d, value, mask)
-    observed = bool(msg.get("is_observed")) and not auxiliary
+    fixed, observed = value, bool(msg.get("is_observed")) and not auxiliary
+    if value is not None and mask is not None:  # where it is masked, a nan would spoil derivatives
+        with contextlib.suppress(NotImplementedError):
+            fixed = jnp.where(expand(mask, value), value, jnp.asarray(d.support.feasible_like(value), value.dtype))
     bound = bind_site(address, d, where, value=fixed, mask=mask, scale=scale, observed=observed)
     if value is not None:  # the model goes on with what it gave, also where it is masked or of another dtype
         bound = lax.convert_element_type(bound, value.dtype)
-        bound = bound if mask is None else jnp.where(_over_events(d, mask), bound, value)
+        bound = bound if mask is None else jnp.where(expand(mask, value), bound, value)
     msg["value"] = bound
 
 
-def _unmasked(d: dist.Distribution) -> tuple[dist.Distribution, Any]:
+def _unmasked(d: Any) -> tuple[Any, Any]:
     """Return a distribution without its outermost masks, and their conjunction (None: all is counted)."""
-    if isinstance(d, dist.MaskedDistribution):
-        inner, mask = _unmasked(d.base_dist)
-        own = None if d._mask is True else jnp.asarray(d._mask)
-        return inner, own if mask is None else mask if own is None else own & mask
+    if not isinstance(d, (dist.MaskedDistribution, dist.ExpandedDistribution)):
+        return d, None
+    inner, mask = _unmasked(d.base_dist)
     if isinstance(d, dist.ExpandedDistribution):
-        inner, mask = _unmasked(d.base_dist)
         return (d, None) if mask is None else (inner.expand(d.batch_shape), mask)
-    return d, None
+    own = None if d._mask is True else jnp.asarray(d._mask)
+    return inner, own if mask is None else mask if own is None else own & mask
 
 
-def _observed_batch(address: str, d: dist.Distribution, value: Any, where: str) -> tuple[int, ...]:
+def _observed_batch(address: str, d: dist.Distribution, value: Any, where: str) -> Any:
     """Return the batch shape of a site that has this value; refuse a value that would be counted more than once."""
     event = tuple(d.event_shape)
     with contextlib.suppress(ValueError):
@@ -152,9 +145,8 @@ def _observed_batch(address: str, d: dist.Distribution, value: Any, where: str) 
         if value.shape == (*batch, *event):
             return batch
     raise ShapeError(
-        f"site {address!r} at {where}: obs has shape {value.shape}, but the site has batch shape {tuple(d.batch_shape)} "
-        f"and event shape {event}; numpyro would broadcast one against the other. Give obs the site's shape (jnp.reshape, "
-        "jnp.broadcast_to), or put the site in the plate of its data."
+        f"site {address!r} at {where} has batch shape {tuple(d.batch_shape)} and event shape {event}, obs {value.shape}; "
+        "numpyro would broadcast one of them. Reshape obs, or put the site in the plate of its data."
     )
 
 
@@ -165,55 +157,34 @@ def _spread(x: Any, batch: tuple[int, ...]) -> Any:
     return x
 
 
-def _harmless(d: dist.Distribution, value: Any, mask: Any) -> Any:
-    """Return the value with a point of the support where it is masked: a nan there would spoil derivatives."""
-    support: Any = d.support
-    try:
-        return jnp.where(_over_events(d, mask), value, jnp.asarray(support.feasible_like(value), value.dtype))
-    except NotImplementedError:
-        return value
-
-
-def _over_events(d: dist.Distribution, mask: Any) -> Any:
-    return jnp.reshape(mask, (*jnp.shape(mask), *(1,) * d.event_dim))
-
-
 # --- control flow -----------------------------------------------------------------------------------------------
 
 _CARRIED = (handlers.mask, handlers.scale, handlers.scope)  # around each step they mean the same as around the whole
+_NO_TRACE = types.SimpleNamespace(trace={})
 _ANSWERED = (handlers.condition, handlers.substitute, handlers.seed, handlers.infer_config)
 
 
 def _control_flow(msg: Any, enclosing: list[Any]) -> None:
-    """Run a scan or cond as JAX's, with a binder inside; the message's results are numpyro's, without its trace."""
-    what, given = f"numpyro {msg['fn'].__name__.removesuffix('_wrapper')} at {_place()}", msg["kwargs"]["substitute_stack"]
+    """Run a scan or cond as JAX's, with a binder inside; the results are numpyro's, with nothing in its trace."""
+    name = msg["fn"].__name__.removesuffix("_wrapper")
     for handler in enclosing:
-        array = jnp.ndim(getattr(handler, "mask", 0)) or jnp.ndim(getattr(handler, "scale", 0))
+        array = any(jnp.ndim(getattr(handler, part, 0)) for part in ("mask", "scale"))
         if array or type(handler) not in _CARRIED + _ANSWERED:
             raise ControlFlowError(
-                f"{what} stands under handlers.{type(handler).__name__}{' with an array' if array else ''}, whose meaning "
-                "for each step is not known. Put the handler into the body."
+                f"numpyro {name} at {_place()} stands under handlers.{type(handler).__name__}{' with an array' * array}, "
+                "whose meaning for each step is not known. Put the handler into the body."
             )
     carried = [handler for handler in enclosing if type(handler) in _CARRIED]
-    no_trace = types.SimpleNamespace(trace={})
-    if "history" not in msg["kwargs"]:
-        pred, true_fun, false_fun, operand = msg["args"]
-        branches = (functools.partial(_inside, carried, given, f, None, None) for f in (true_fun, false_fun))
-        msg["value"] = lax.cond(pred, *branches, operand), no_trace
+    inside = functools.partial(_inside, carried, msg["kwargs"]["substitute_stack"])
+    if name == "cond":
+        pred, *bodies, operand = msg["args"]
+        msg["value"] = lax.cond(pred, *(functools.partial(inside, f, None, None) for f in bodies), operand), _NO_TRACE
         return
     f, init, xs, length, reverse = msg["args"]
-    if given and reverse:
-        raise ControlFlowError(
-            f"{what} is reversed and stands under a handler with values, whose steps numpyro counts from the other end "
-            "than its trace. Pass the data as xs, with obs=."
-        )
     length = jnp.shape(jax.tree.leaves(xs)[0])[0] if length is None else length
-
-    def step(carry: Any, inputs: Any) -> Any:
-        return _inside(carried, given, f, inputs[0], length, carry, inputs[1])
-
-    carry, ys = lax.scan(step, init, (jnp.arange(length), xs), length=length, reverse=reverse)
-    msg["value"] = (length, None, carry), (no_trace, ys)
+    steps = jnp.arange(length)[:: -1 if reverse else 1]  # numpyro counts steps, not places, in a handler's values
+    carry, ys = lax.scan(lambda c, x: inside(f, x[0], length, c, x[1]), init, (steps, xs), length, reverse)
+    msg["value"] = (length, None, carry), (_NO_TRACE, ys)
 
 
 def _inside(carried: list[Any], given: Any, f: Any, index: Any, length: Any, *operands: Any) -> Any:
@@ -230,7 +201,7 @@ def _given(data: Any, index: Any, length: Any, msg: Any) -> Any:
     """Return the value that a handler around the control flow has for one site (of one step)."""
     if index is not None and msg["type"] != "sample":
         return None
-    value = data(msg) if callable(data) else data.get(msg["name"])
+    value: Any = data(msg) if callable(data) else data.get(msg["name"])
     if value is None or index is None:
         return value
     shape = (*msg["kwargs"]["sample_shape"], *msg["fn"].shape())
@@ -238,27 +209,18 @@ def _given(data: Any, index: Any, length: Any, msg: Any) -> Any:
         return value
     if jnp.ndim(value) == len(shape) + 1 and jnp.shape(value)[0] == length:
         return jnp.asarray(value)[index]
-    raise ShapeError(
-        f"{_met(msg)}: a value of shape {jnp.shape(value)} was given by a handler around a scan of {length} steps; "
-        f"expected {(length, *shape)}, or {shape} for all steps."
-    )
+    raise ShapeError(f"{_met(msg)}: a handler around its scan gives {jnp.shape(value)}, give {(length, *shape)}.")
 
 
 # --- what is refused, and places --------------------------------------------------------------------------------
 
 _REFUSED = {
-    "plate": (
-        "it draws a subsample anew in each run, which has no density. Pass the batch as an argument, and write "
-        "numpyro.plate(name, len(batch)) and numpyro.handlers.scale(scale=size / len(batch))."
-    ),
-    "param": (
-        "a parameter, or a numpyro.module's, is no choice. Pass it as an argument of the model, or give it a value "
-        "(numpyro.handlers.substitute) or a prior (numpyro.handlers.lift)."
-    ),
-    "prng_key": (
-        "randomness without a site (also a choice under handlers.block or handlers.uncondition) has no density. Make it "
-        "a numpyro.sample, or pass a key as an argument."
-    ),
+    "plate": "it draws a subsample anew in each run, which has no density. Pass the batch as an argument, and write "
+    "numpyro.plate(name, len(batch)) and numpyro.handlers.scale(scale=size / len(batch)).",
+    "param": "a parameter, or a numpyro.module's, is no choice. Pass it as an argument of the model, or give it a value "
+    "(numpyro.handlers.substitute) or a prior (numpyro.handlers.lift).",
+    "prng_key": "randomness without a site (also a choice under handlers.block or handlers.uncondition) has no density. "
+    "Make it a numpyro.sample, or pass a key as an argument.",
 }
 
 
@@ -275,10 +237,7 @@ def _met(msg: Any) -> str:
 
 def _address(msg: Any) -> str:
     if "/" in str(msg["name"]):
-        raise AddressError(
-            f"{_met(msg)}: an address of expectax has no '/'. Rename the site, or give its scope another divider: "
-            "numpyro.handlers.scope(prefix=..., divider='.')."
-        )
+        raise AddressError(f"{_met(msg)}: an address has no '/'. Rename it, or use handlers.scope(..., divider='.').")
     check_address(msg["name"], _place())
     return msg["name"]
 

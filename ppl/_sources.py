@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,21 +27,31 @@ def sources(equations: Any, key: Any, wanted: Wanted = lambda site: True) -> Ite
     address (and, in objectives, of how often the address came before), so that adding a site leaves the draws of the
     others alone.
     """
-    items = list(_items(equations, {}, set()))
-    drawn = [n for n, (site, _) in enumerate(items) if site is None or (not site.fixed and wanted(site))]
-    pooled = [n for n in drawn if items[n][0] is not None and _pools(items[n][0])]
+    return itertools.chain(*sources_of_each(equations, key, wanted))
+
+
+def sources_of_each(equations: Any, key: Any, wanted: Wanted = lambda site: True) -> list[list[Any]]:
+    """Return the sources of each equation; see `sources`."""
+    counts: dict[str, int] = {}
+    codes: set[int] = set()
+    items = [(i, item) for i, eqn in enumerate(equations) for item in _items([eqn], counts, codes)]
+    drawn = [n for n, (_, (site, _)) in enumerate(items) if site is None or (not site.fixed and wanted(site))]
+    pooled = [n for n in drawn if (site := items[n][1][0]) is not None and _pools(site)]
     keyed = sorted(set(drawn) - set(pooled))
     found: dict[int, Any] = {}
     if pooled:
         dtype = jnp.result_type(float)
-        arrays = noise(key, [_request(*items[n]) for n in pooled], dtype)
-        for n, array in zip(pooled, arrays, strict=True):
-            found[n] = Noise(array.reshape(items[n][0].value_shape))
+        rows = noise(key, [_request(*items[n][1]) for n in pooled], dtype)
+        for n, (array, row) in zip(pooled, rows, strict=True):
+            found[n] = Noise(array, row, items[n][1][0].value_shape)
     if keyed:
-        codes = jnp.asarray([items[n][1] for n in keyed], jnp.uint32)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, codes)
+        number_of = jnp.asarray([items[n][1][1] for n in keyed], jnp.uint32)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, number_of)
         found.update((n, keys[m]) for m, n in enumerate(keyed))
-    return iter([found.get(n) for n in range(len(items))])
+    result: list[list[Any]] = [[] for _ in equations]
+    for n, (i, _) in enumerate(items):
+        result[i].append(found.get(n))
+    return result
 
 
 def _pools(site: Site) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -30,10 +31,23 @@ def draw_site(site: Site, leaves: Any, source: Any) -> Array:
                 "method that only needs its density (mcmc, or a guide)."
             ) from error
 
+    return transformed(site, leaves, source.values)
+
+
+def transformed(site: Site, leaves: Any, noise: Any) -> Array:
+    """Return the draw that base noise makes."""
+
     def one(noise: Any, leaves: Any) -> Array:
         return transform(site.distribution(leaves), noise, site.dtype)
 
-    return lanes_of(site, one, source.values, leaves=leaves)
+    return lanes_of(site, one, noise, leaves=leaves)
+
+
+def draw_alike(sites: list[Site], leaves: list[Any], sources: list[Any]) -> Array:
+    """Draw the values of sites that differ in nothing but their numbers, along a new first axis."""
+    if isinstance(sources[0], Noise):
+        return jax.vmap(lambda xs, noise: transformed(sites[0], xs, noise))(leaves, Noise.stacked(sources))
+    return jax.vmap(lambda xs, key: draw_site(sites[0], xs, key))(leaves, jnp.stack(sources))
 
 
 def scored(site: Site, leaves: Any, value: Any) -> tuple[Array, Array]:
@@ -150,7 +164,7 @@ def _unconstrain(site: Site, leaves: Any, source: Any, given: Any, mask: Any) ->
     return Visit(given, lanes_of(site, one, given, leaves=leaves), 0.0, 0.0)
 
 
-generating = Visitor(_generate, kind="generate")
+generating = Visitor(_generate, kind="generate", draw=draw_site, draw_alike=draw_alike)
 """`simulate`, `generate`."""
 assessing = Visitor(_assess, kind="assess")
 """`assess`."""
