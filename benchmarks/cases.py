@@ -1,44 +1,16 @@
 """The benchmarks: each returns rows of (name, ours, rival, unit, limit on ours / rival or on ours)."""
 
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from timing import CompileCounter, interleaved
+from language import compile_time, run_time, staging
+from timing import CompileCounter, Row, interleaved, normal, ratio_row
 
 import expectax as ex
 from expectax import dist, inference, models, vi
-
-
-class Row(NamedTuple):
-    """One measurement; `limit` is on `ours / rival`, or on `ours` where there is no rival."""
-
-    name: str
-    ours: float
-    rival: float | None
-    unit: str
-    limit: float
-    first_ours: float | None = None
-    first_rival: float | None = None
-
-    @property
-    def ratio(self) -> float:
-        """What the limit is on."""
-        return self.ours if self.rival is None else self.ours / self.rival
-
-    @property
-    def holds(self) -> bool:
-        """Whether the limit holds."""
-        return self.ratio <= self.limit
-
-
-def normal(x: Any, mean: Any, sd: Any) -> Any:
-    """Log density of a normal, as one writes it by hand."""
-    return -0.5 * ((x - mean) / sd) ** 2 - jnp.log(sd) - 0.5 * jnp.log(2 * jnp.pi)
-
 
 STEPS, SAMPLES, RATE = 5000, 64, 1e-3
 START = jnp.array([3.0, 0.0, 1.0, 1.0])
@@ -135,7 +107,7 @@ def cone_elbo() -> list[Row]:
             }
         )
         for label, who in (("surrogate in one scan", "ours"), ("vi.fit", "fit")):
-            rows.append(_row(f"cone ELBO, {name}, {label}", found, who, 1.05))
+            rows.append(ratio_row(f"cone ELBO, {name}, {label}", found, who, 1.05))
     return rows
 
 
@@ -180,33 +152,8 @@ def importance_sampling() -> list[Row]:
         found = interleaved(
             {"ours": lambda i, g=guide: ours(i, g), "hand": lambda i, h=hand: h(jax.random.key(i))}, repeats=25
         )
-        rows.append(_row(f"importance sampling, 1e5 particles, {name}", found, "ours", 1.05))
+        rows.append(ratio_row(f"importance sampling, 1e5 particles, {name}", found, "ours", 1.05))
     return rows
-
-
-def staging() -> list[Row]:
-    """Staging a model of 200 sites written one by one."""
-    kinds = (
-        lambda i: dist.Normal(0.0, 1.0 + i),
-        lambda i: dist.Gamma(2.0, 1.0),
-        lambda i: dist.Beta(1.0, 2.0),
-        lambda i: dist.Bernoulli(0.3),
-        lambda i: dist.StudentT(3.0, 0.0, 1.0),
-    )
-
-    @ex.model
-    def many() -> None:
-        for i in range(200):
-            ex.sample(f"x{i}", kinds[i % len(kinds)](i))
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        many().sites()
-        return time.perf_counter() - start
-
-    cold = seconds()
-    warm = sorted(seconds() for _ in range(9))[4]
-    return [Row("staging, 200 mixed sites, per site", 1e3 * warm / 200, None, "ms", 2.0, 1e3 * cold / 200)]
 
 
 def recompilation() -> list[Row]:
@@ -242,14 +189,11 @@ class DataGuide(eqx.Module):
         return models.eight_schools_guide(params, self.y, self.sigma)
 
 
-def _row(name: str, found: dict[str, dict[str, float]], who: str, limit: float) -> Row:
-    ours, hand = found[who], found["hand"]
-    return Row(name, 1e3 * ours["median"], 1e3 * hand["median"], "ms", limit, 1e3 * ours["first"], 1e3 * hand["first"])
-
-
 CASES = {
     "cone": cone_elbo,
     "importance": importance_sampling,
     "staging": staging,
+    "compile": compile_time,
+    "language": run_time,
     "recompilation": recompilation,
 }

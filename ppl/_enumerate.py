@@ -26,7 +26,7 @@ from ._observe import deterministic_p
 from ._sample import Site, along_elements, lanes_of, sample_p
 from ._support import density_in_support
 from ._table import has_sites, unfollowable
-from ._visitors import Partial
+from ._visitors import Partial, constraining, unconstraining
 
 
 class Lost(NamedTuple):
@@ -205,7 +205,19 @@ class Walk:
             raise ControlFlowError(
                 f"marginalize_discrete: {path!r} at {site.where} has missing data; observe it wholly."
             )
-        bijection = _bijection(site, operands, path)
+        if not any(x.depends for x in operands):
+            bare, leaves, _ = site.split([x.array for x in operands])
+            visitor = constraining if self.mode == "constrain" else unconstraining
+            visit = visitor.visit(bare, leaves, None, own, None)
+            if self.mode == "constrain":
+                self.factors.append(Factor(visit.log_weight - visit.log_density, {}))
+            return visit.record
+        if site.support is None:
+            raise ControlFlowError(
+                f"marginalize_discrete: the support of {path!r} at {site.where} may depend on a choice that is summed "
+                "out. Give it fixed bounds."
+            )
+        bijection = dist.biject_to(site.support)
         if self.mode == "unconstrain":
             return bijection.inv(own)
         value = bijection(own)
@@ -213,22 +225,9 @@ class Walk:
         return value
 
 
-def _bijection(site: Site, operands: list[Lifted], path: str) -> Any:
-    """Return the map of all lanes from unconstrained space, which no summed choice may change."""
-    if site.support is not None:
-        return dist.biject_to(site.support)
-    if any(x.depends for x in operands):
-        raise ControlFlowError(
-            f"marginalize_discrete: the support of {path!r} at {site.where} depends on a choice that is summed out."
-        )
-    raise ControlFlowError(
-        f"marginalize_discrete: the support of {path!r} at {site.where} depends on traced parameters; give it fixed bounds."
-    )
-
-
 def _first(value: Lifted) -> Any:
     """Return a lifted value that is the same for every assignment."""
-    return value.array[(0,) * len(value.depends)]
+    return value.array[(0,) * len(value.depends)] if value.depends else value.array
 
 
 def _one(value: Lifted) -> Any:

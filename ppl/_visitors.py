@@ -180,5 +180,5 @@ rebinding = Visitor(_rebind, everywhere=True)
 """`vi.simulate`."""
 constraining = Visitor(_constrain, kind="constrain")
 """From unconstrained space into the support."""
-unconstraining = Visitor(_unconstrain, kind="constrain")
+unconstraining = Visitor(_unconstrain, kind="unconstrain")
 """Out of the support into unconstrained space."""
