@@ -21,6 +21,7 @@ from ._masked import At as At
 from ._masked import Masked as Masked
 from ._masked import at as at
 from ._masked import masked as masked
+from ._numpyro import from_numpyro as from_numpyro
 from ._observe import deterministic as deterministic
 from ._observe import factor as factor
 from ._observe import observe as observe

@@ -112,7 +112,9 @@ class Walk:
                 taken = lifted(
                     lambda t, m: t & jnp.reshape(m, jnp.shape(m) + (1,) * (t.ndim - jnp.ndim(m))), taken, mask
                 )
-            operands = [lifted(lambda t, x: guarded(t, [x])[0], taken, x) for x in values[1:]]
+            operands = values[1:]
+            if not taken.depends:  # else every branch is taken for some assignment, and is no hazard
+                operands = [lifted(lambda t, x: guarded(t, [x])[0], taken, x) for x in operands]
             results.append(self.run(branch, operands, given, counted, path, taken))
         chosen = lambda i, *cases: select(clamped(i, len(branches)), list(cases))  # noqa: E731
         return [_lifted_or_lost(chosen, index, *cases) for cases in zip(*results, strict=True)]

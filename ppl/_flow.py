@@ -98,6 +98,20 @@ def _mover(eqn: Any, number: int, out: tuple[int, ...]) -> Callable[[int], int |
         return _reshaped(shape, out)
     if name == "concatenate":
         return lambda a: None if a == params["dimension"] else a
+    if name in ("slice", "dynamic_slice"):
+        return lambda a: a if number == 0 and out[a] == shape[a] else None
+    if name == "rev":
+        return lambda a: None if a in params["dimensions"] else a
+    if name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"):
+        return lambda a: None if a == params["axis"] else a
+    if name == "sort":
+        return lambda a: None if a == params["dimension"] else a
+    if name == "split":
+        return lambda a: None if a == params["axis"] else a
+    if name == "cholesky":
+        return lambda a: a if a < len(shape) - 2 else None
+    if name == "triangular_solve":
+        return lambda a: a if a < len(shape) - 2 else None
     if name == "stack":
         return lambda a: a + (a >= params["axis"])
     if name == "gather":

@@ -77,6 +77,21 @@ class Program:
         """
         return self.generate(key, {})[0]
 
+    def propose(self, key: PRNGKeyArray) -> tuple[Choices, Float[Array, ""], Any]:
+        r"""Run the program as a proposal.
+
+        Args:
+            key: a typed key.
+
+        Returns:
+            `(choices, log_density, retval)`: what was drawn, $\log q(\text{choices})$, and what the model returned.
+
+        Raises:
+            TypeError: the key is not a typed key.
+        """
+        trace = self.simulate(key)
+        return trace.choices, trace.log_density, trace.retval
+
     def assess(self, choices: Choices) -> tuple[Float[Array, ""], Any]:
         r"""Score a full set of choices.
 

@@ -3,6 +3,7 @@
 from numpyro import distributions as dist
 
 from . import inference as inference
+from . import models as models
 from . import ppl as ppl
 from . import vi as vi
 from .ppl import Model as Model
@@ -20,6 +21,7 @@ from .ppl import deterministic as deterministic
 from .ppl import distribution as distribution
 from .ppl import do as do
 from .ppl import factor as factor
+from .ppl import from_numpyro as from_numpyro
 from .ppl import load_trace as load_trace
 from .ppl import log_likelihood as log_likelihood
 from .ppl import marginalize_discrete as marginalize_discrete
@@ -58,6 +60,7 @@ __all__ = [
     "distribution",
     "do",
     "factor",
+    "from_numpyro",
     "inference",
     "load_trace",
     "log_likelihood",
