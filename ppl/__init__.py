@@ -1,5 +1,6 @@
 """Models, traces and targets: the language that every algorithm of expectax shares."""
 
+from ._block import block as block
 from ._control import bounded_while as bounded_while
 from ._control import cond as cond
 from ._control import switch as switch
@@ -41,7 +42,6 @@ from ._shapes import Shapes as Shapes
 from ._shapes import shapes as shapes
 from ._storage import load_trace as load_trace
 from ._trace import Trace as Trace
-from ._transforms import block as block
 from ._transforms import condition as condition
 from ._transforms import do as do
 from ._transforms import mask as mask

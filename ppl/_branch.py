@@ -14,6 +14,7 @@ from jax import lax
 from . import _jax
 from ._errors import ControlFlowError, OutsideModelError
 from ._sample import sample_p
+from ._sources import addresses
 
 
 def _abstract(index: Any, *_: Any, branches: Any) -> Any:
@@ -34,17 +35,21 @@ def _batch(axis: Any, args: Any, dims: Any, *, branches: Any) -> Any:
     return outputs, [0] * len(outputs)
 
 
-def _outside(*_: Any, **__: Any) -> Any:
+def _names(branches: Any) -> str:
+    return ", ".join(sorted({repr(a) for branch in branches for a in addresses(branch)}))
+
+
+def _outside(*_: Any, branches: Any, **__: Any) -> Any:
     raise OutsideModelError(
-        f"sample sites in the branches of a cond, met at {_jax.caller()}, ran outside a model. Put them in a function "
+        f"the sites {_names(branches)} in the branches of a cond, met at {_jax.caller()}, ran outside a model. Put them in a function "
         "decorated with @expectax.model and call a method of the bound model, such as simulate(key)."
     )
 
 
-def _jvp(primals: Any, tangents: Any, **_: Any) -> Any:
+def _jvp(primals: Any, tangents: Any, *, branches: Any) -> Any:
     del primals, tangents
     raise ControlFlowError(
-        f"sites in the branches of a cond, met at {_jax.caller()}, stand inside a derivative (jax.grad, jax.jvp). A "
+        f"the sites {_names(branches)} in the branches of a cond, met at {_jax.caller()}, stand inside a derivative (jax.grad, jax.jvp). A "
         "random choice has no derivative there. Differentiate a function without sites, or use vi.value_and_grad."
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,16 +19,25 @@ from ._table import Entry, choices_of
 
 
 def check_addresses(
-    table: Choices, values: Any, what: str, where: str, complete: bool = False
+    table: Choices, values: Any, what: str, where: str, complete: bool = False, whole: Choices | None = None
 ) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """Return choices and values by path; refuse an unknown address and, if `complete`, a missing one."""
+    """Return choices and values by path; refuse an unknown address and, if `complete`, a missing one.
+
+    `whole` is the table of all sites, of which `table` holds those that may be given.
+    """
     if not isinstance(values, dict):
         raise AddressError(f"{what} at {where}: expected a dict of address to value, got {type(values).__name__}.")
     sites = dict(leaves_of(choices_of(table)))
     given = dict(leaves_of(values))
+    times = Counter(path for path, _ in leaves_of(values))
+    for path in [*(p for p, n in times.items() if n > 1), *_empty(values)]:
+        if path in given:
+            raise AddressError(f"{what} at {where}: {path!r} is given twice, as a path and in a nested dict.")
+        if not any(site.startswith(f"{path}/") for site in sites):
+            raise AddressError(unknown(path, whole or table, sites, what, where))
     for path in given:
         if path not in sites:
-            raise AddressError(_unknown(path, table, sites, what, where))
+            raise AddressError(unknown(path, whole or table, sites, what, where))
     missing = [path for path in sites if path not in given]
     if complete and missing:
         raise AddressError(
@@ -37,11 +48,20 @@ def check_addresses(
     return sites, given
 
 
-def _unknown(path: str, table: Choices, sites: dict[str, Entry], what: str, where: str) -> str:
+def _empty(tree: Choices, path: str = "") -> Iterator[str]:
+    """Yield the paths of empty dicts, which stand for no value but still name something."""
+    for address, value in tree.items():
+        here = f"{path}/{address}" if path else str(address)
+        if isinstance(value, dict):
+            yield from _empty(value, here) if value else [here]
+
+
+def unknown(path: str, table: Choices, sites: dict[str, Entry], what: str, where: str) -> str:
     """Say why a path takes no value."""
     entry = dict(leaves_of(table)).get(path)
     if entry is not None:
-        reason = "computed, not chosen" if entry.kind == "deterministic" else "fixed by the program itself"
+        reasons = {"deterministic": "computed, not chosen", "observed": "fixed by the program itself"}
+        reason = reasons.get(entry.kind, "observed")
         return f"{what} at {where}: {path!r} (at {entry.site.where}) takes no value: it is {reason}."
     below = [site for site in sites if site.startswith(f"{path}/")]
     if below:
@@ -55,12 +75,14 @@ def _unknown(path: str, table: Choices, sites: dict[str, Entry], what: str, wher
     return f"{what} at {where}: the model has no site {path!r}.{nearest(path, sites)}"
 
 
-def check_values(table: Choices, values: Any, what: str, where: str, complete: bool = False) -> Choices:
+def check_values(
+    table: Choices, values: Any, what: str, where: str, complete: bool = False, whole: Choices | None = None
+) -> Choices:
     """Return `values` as arrays of the sites' dtypes, or say which address, shape or value does not fit.
 
     `complete` demands a value for every site. Values may be tracers; what is a number is checked as a number.
     """
-    sites, given = check_addresses(table, values, what, where, complete)
+    sites, given = check_addresses(table, values, what, where, complete, whole)
     return nested((path, check_value(path, sites[path], value, what, where)) for path, value in given.items())
 
 
@@ -126,7 +148,7 @@ def _check_array(place: str, entry: Entry, value: Any, mask: Any = None) -> jax.
             f"{place} has shape {entry.shape} but the value has shape {shape} "
             f"(site at {entry.site.where}).{_shape_hint(entry, shape)}"
         )
-    dtype = value.dtype if _jax.is_traced(value) else np.asarray(value).dtype
+    dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
     if jnp.issubdtype(dtype, jnp.complexfloating) or not jnp.issubdtype(dtype, jnp.number) and dtype != jnp.bool_:
         raise SupportError(f"{place} takes {entry.dtype} numbers, got {dtype}.")
     known = not _jax.is_traced(value) and not _jax.is_traced(mask)
@@ -142,7 +164,7 @@ def _check_array(place: str, entry: Entry, value: Any, mask: Any = None) -> jax.
         if np.any(np.asarray(value) > np.iinfo(entry.dtype).max):
             raise SupportError(f"{place} holds {entry.dtype}; the value is too large for it.")
     if known:
-        _check_support(place, entry, np.asarray(value), None if mask is None else np.asarray(mask))
+        check_support(place, entry, np.asarray(value), None if mask is None else np.asarray(mask))
     return jnp.asarray(value).astype(entry.dtype)
 
 
@@ -154,8 +176,10 @@ def _shape_hint(entry: Entry, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _check_support(place: str, entry: Entry, value: np.ndarray, mask: np.ndarray | None) -> None:
+def check_support(place: str, entry: Entry, value: np.ndarray, mask: np.ndarray | None) -> None:
     """Check known values against the support, where that is known too."""
+    if entry.conditional:  # what is not made may have any value; what is made and impossible has density zero
+        return
     if np.issubdtype(value.dtype, np.floating) and np.isnan(value).any():
         raise SupportError(
             f"{place} is given nan ({int(np.isnan(value).sum())} values). For missing data write ex.masked(value)."

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import _jax
@@ -109,11 +110,11 @@ def bounded_while(
         >>> int(trace.present["heads"].sum()) == int(trace.retval) + 1
         True
     """
-    if not isinstance(max_steps, int) or max_steps < 1:
+    if isinstance(max_steps, bool) or not isinstance(max_steps, (int, np.integer)) or max_steps < 1:
         raise ValueError(f"bounded_while at {_jax.caller()}: max_steps is a positive whole number, got {max_steps!r}.")
     init_val = jax.tree.map(jnp.asarray, init_val)
 
     def step(state: Any, _: Any) -> tuple[Any, None]:
         return lax.cond(cond_fun(state), body_fun, lambda s: s, state), None
 
-    return lax.scan(step, init_val, length=max_steps)[0]
+    return lax.scan(step, init_val, length=int(max_steps))[0]

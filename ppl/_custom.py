@@ -61,7 +61,8 @@ class UserDistribution(dist.Distribution):
         leaves, structure = jax.tree.flatten(rest)
         self.sampler, self.density, self.constraint, self.static = sampler, density, support, (tuple(leaves), structure)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        one = jax.eval_shape(lambda key, parameters: jnp.asarray(sampler(key, *parameters)), key, as_array)
+        draw = lambda key, arrays: jnp.asarray(sampler(key, *eqx.combine(arrays, rest)))  # noqa: E731
+        one = jax.eval_shape(draw, key, self.parameters)
         super().__init__(batch_shape=(), event_shape=one.shape, validate_args=False)
 
     @property

@@ -14,7 +14,7 @@ from ._distribution import lane_shape
 from ._evaluate import Visit, Visitor
 from ._nested import Choices, leaves_of
 from ._posterior import Posterior
-from ._program import Program
+from ._program import Program, program_of
 from ._sample import Site, lanes_of
 from ._staging import check_key, stage
 from ._visitors import assessing, generating
@@ -86,6 +86,7 @@ def debug(target: Program | Posterior, choices: Choices | None = None, *, key: A
         >>> finding.address, finding.what
         ('y', 'the log density')
     """
+    program_of(target, "debug")
     posterior = target if isinstance(target, Posterior) else target.given({})
     staged = stage(posterior.program)
     if choices is None:
@@ -115,7 +116,7 @@ def debug(target: Program | Posterior, choices: Choices | None = None, *, key: A
 
 
 def _per_element(flags: np.ndarray, elements: int) -> np.ndarray:
-    return flags.reshape(*flags.shape[:elements], -1).any(axis=-1)
+    return np.asarray(flags.reshape(*flags.shape[:elements], -1).any(axis=-1))
 
 
 def _inspected(site: Site, leaves: Any, visit: Visit) -> _Record:
@@ -123,7 +124,7 @@ def _inspected(site: Site, leaves: Any, visit: Visit) -> _Record:
 
     def parameters(leaves: Any) -> dict[str, Any]:
         d = site.distribution(leaves)
-        inner = d
+        inner: Any = d
         while not inner.arg_constraints and hasattr(inner, "base_dist"):
             inner = inner.base_dist
         found = {}

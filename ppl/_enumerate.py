@@ -7,6 +7,7 @@ cost K, not K^N. A scan is summed by the forward recursion (`_enumerate_scan`).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -142,7 +143,7 @@ class Walk:
         count = counted.get(site.address, not site.fixed or self.count_fixed) if number is None else True
 
         def terms(value: Any, mask: Any, *operands: Any) -> tuple[Any, Any]:
-            absent = 0.0 if number is None else -jnp.log(float(self.variables[number].count))
+            absent = 0.0 if number is None else -math.log(self.variables[number].num_values)
             return _terms(site, value, mask, operands, absent, count)
 
         (array, safe), _ = lift(terms, value, mask, *operands)

@@ -69,7 +69,7 @@ def enumerate_scan(
     carry, (xs, xs_depends) = values[num_consts:cut], _time_first(values[cut:], eqn)
     form = _form(loop, carry, xs, xs_depends)
 
-    types = [v.aval.dtype for v in _jax.close(body)[0].invars[num_consts:cut]]
+    types = [aval.dtype for aval in body.in_avals[num_consts:cut]]
     start = [_widened(c, d, walk).astype(t) for c, d, t in zip(carry, form.carry, types, strict=True)]
     found: list[_Step] = []
 
@@ -225,7 +225,7 @@ def _widened(value: Any, depends: Dependence, walk: Walk) -> Any:
 def _broadcast(array: Any, own: list[int], wanted: list[int], walk: Walk) -> Any:
     array = jnp.asarray(array)
     index = tuple(slice(None) if n in own else None for n in wanted)
-    lead = tuple(walk.variables[n].count for n in wanted)
+    lead = tuple(walk.variables[n].num_values for n in wanted)
     return jnp.broadcast_to(array[index], (*lead, *array.shape[len(own) :]))
 
 
@@ -239,10 +239,10 @@ def _first_alpha(form: _Form, walk: Walk) -> Any:
     if not form.before:
         return None
     elements = walk.variables[form.before[0]].elements
-    total = jnp.zeros((*(walk.variables[n].count for n in sorted(form.alpha)), *elements))
+    total = jnp.zeros((*(walk.variables[n].num_values for n in sorted(form.alpha)), *elements))
     for position, n in enumerate(sorted(form.alpha)):
         if n in form.before:
-            only = jnp.where(jnp.arange(walk.variables[n].count) == 0, 0.0, -jnp.inf)
+            only = jnp.where(jnp.arange(walk.variables[n].num_values) == 0, 0.0, -jnp.inf)
             total = total + jnp.reshape(only, (-1, *(1,) * (total.ndim - position - 1)))
     return total
 

@@ -55,7 +55,7 @@ class NonFiniteError(ExpectaxError, FloatingPointError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest known spelling, else the list of what is known."""
-    known = sorted(known)
+    known, name = sorted(known), str(name)
     lowered = {k.lower(): k for k in known}
     close = get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
     if close:

@@ -12,24 +12,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array
 
 from . import _jax
 from ._branch import branches_of, prefix
 from ._errors import ControlFlowError
-from ._masked import Masked
+from ._masked import Masked, expand
+from ._nested import leaves_of
 from ._nesting import scope_address
 from ._observe import deterministic_p
-from ._sample import Site, sample_p
+from ._sample import Site, lanes_of, sample_p
 from ._sources import sources_of_each
+from ._support import feasible
 from ._table import has_sites, site_table, unfollowable
 
 
 class Observed(NamedTuple):
     """A value that is kept as it is while others change space."""
 
-    value: Array
+    value: Any
 
 
 class Visit(NamedTuple):
@@ -70,6 +72,8 @@ class Outcome(NamedTuple):
     present: dict[str, Any]
     deterministic: dict[str, Any]
 
+
+_SCORING = ("assess", "generate", "weigh", "project")
 
 NOTHING = Outcome([], {}, 0.0, 0.0, {}, {})
 
@@ -156,14 +160,29 @@ def _at_site(eqn: Any, operands: Any, visitor: Visitor, source: Any, given: dict
         here = jnp.reshape(mask, jnp.shape(mask) + (1,) * (len(shape) - jnp.ndim(mask)))
         counted = here if counted is None else here & counted
     own = Observed(extras["value"]) if "value" in extras else given.get(site.address)
-    visit = visitor.visit(site, leaves, source, own, counted)
+    asked = own if counted is None else safe(site, leaves, own, counted, visitor)
+    visit = visitor.visit(site, leaves, source, asked, counted)
+    if asked is not own and visitor.kind in _SCORING:
+        visit = visit._replace(record=own)
     log_density, log_weight = _counted(visit, extras.get("scale"), counted)
     if not isinstance(log_density, float):
         log_density = jnp.sum(_jax.tag(log_density, site.address))
     log_weight = log_weight if isinstance(log_weight, float) else jnp.sum(log_weight)
     choices = {} if "value" in extras and not visitor.fixed else {site.address: visit.record}
     present = {} if counted is None or not choices else {site.address: jnp.broadcast_to(counted, shape)}
-    return Outcome([visit.value], choices, log_density, log_weight, present, {})
+    value = jnp.asarray(extras["value"], site.dtype) if "value" in extras else visit.value
+    return Outcome([value], choices, log_density, log_weight, present, {})
+
+
+def safe(site: Site, leaves: Any, given: Any, mask: Any, visitor: Visitor) -> Any:
+    """Return a given value with something possible where it does not count: nan there would spoil derivatives."""
+    value = given.value if isinstance(given, Observed) else given
+    scores = isinstance(given, Observed) or visitor.kind in _SCORING or visitor.kind == "record"
+    if not scores or value is None or isinstance(value, Masked) or not isinstance(value, (jax.Array, np.ndarray)):
+        return given
+    possible = lanes_of(site, lambda v, xs: feasible(site.distribution(xs), v), value, leaves=leaves)
+    value = jnp.where(expand(mask, value), value, possible.astype(jnp.result_type(value)))
+    return Observed(value) if isinstance(given, Observed) else value
 
 
 def _counted(visit: Visit, scale: Any, mask: Any) -> tuple[Any, Any]:
@@ -222,6 +241,7 @@ def _scan(eqn: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, An
     cut = num_consts + num_carry
     consts, carry, xs = values[:num_consts], values[num_consts:cut], values[cut:]
     here = {address: given[address] for address in site_table(body) if address in given}
+    here = jax.tree.map(_without_positions, here, is_leaf=lambda g: isinstance(g, Masked))
     step_keys = None if key is None else jax.random.split(key, length)
 
     def step(carry: Any, inputs: Any) -> Any:
@@ -239,14 +259,21 @@ def _scan(eqn: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, An
     )
 
 
+def _without_positions(given: Any) -> Any:
+    """Return what is given without the flat positions of missing elements, which are those of all steps."""
+    return Masked(given.value, given.mask) if isinstance(given, Masked) else given
+
+
 def underived(eqn: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function with sites that stood in a derivative rule of the user's: its values are right, its rule is lost."""
     function = jax.custom_jvp(run)
+    entries = [entry for j in _jax.sub_jaxprs(eqn) for _, entry in leaves_of(site_table(j))]
+    names = ", ".join(sorted(repr(entry.site.address) for entry in entries))
 
     @function.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
         raise ControlFlowError(
-            f"the function with sites at {_jax.place(eqn)} has a derivative rule of its own (custom_jvp or custom_vjp), "
+            f"the function with the sites {names} (at {entries[0].site.where}), called at {_jax.place(eqn)}, has a derivative rule of its own (custom_jvp or custom_vjp), "
             "which does not speak of its choices; its derivative would be a guess. Take the sites out of it."
         )
 

@@ -14,6 +14,7 @@ from ._branch import branch_p, branches_of, clamped, guarded, select
 from ._evaluate import Outcome, Visitor, as_arrays, evaluate
 from ._masked import expand
 from ._nested import leaves_of, merged, nested
+from ._support import whole_space
 from ._table import Entry, site_table
 
 
@@ -71,9 +72,18 @@ def _padded(outcome: Outcome, whole: Any, tables: list[dict[str, Entry]]) -> Out
                 present.setdefault(path, jnp.ones(entry.elements, bool))
                 continue
             present[path] = jnp.zeros(entry.elements, bool)
-            own[path] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+            own[path] = jax.tree.map(lambda s, entry=entry: _absent(s, entry), shape)
         completed[name] = nested((path, own[path]) for path, _ in leaves_of(shapes))
     return outcome._replace(present=nested(sorted(present.items())), **completed)
+
+
+def _absent(shape: Any, entry: Entry) -> Any:
+    """Return what stands for a choice that is not made: zeros, or a value of its support where zero is none."""
+    zeros = jnp.zeros(shape.shape, shape.dtype)
+    support = getattr(entry.site, "support", None)
+    if support is None or whole_space(support) or shape.shape != entry.shape:
+        return zeros
+    return jnp.broadcast_to(jnp.asarray(support.feasible_like(zeros), shape.dtype), shape.shape)
 
 
 # --- all branches, with masks -----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class Variable(NamedTuple):
     """A summed site: its path, how many values an element has, and the shape of its elements."""
 
     path: str
-    count: int
+    num_values: int
     elements: tuple[int, ...]
 
 
@@ -53,7 +53,7 @@ def make_factor(array: Any, depends: Dependence, variables: Variables, where: st
             if axis is None and size > 1:
                 raise ControlFlowError(
                     f"{where} depends on several elements of {variable.path!r} at once, so summing them out would cost "
-                    f"{variable.count}^{size} terms. Let each element enter its own lane (jax.vmap or elementwise "
+                    f"{variable.num_values}^{size} terms. Let each element enter its own lane (jax.vmap or elementwise "
                     "operations), or put a chain into lax.scan."
                 )
     return Factor(array, depends)
@@ -98,7 +98,7 @@ def _plan(number: int, factors: list[Factor], variables: Variables) -> int | Non
         involved |= set(factor.depends)
     size = 1
     for other in involved:
-        size *= variables[other].count
+        size *= variables[other].num_values
     return size
 
 
@@ -144,7 +144,7 @@ def product(factors: list[Factor], variables: Variables, elements: tuple[int, ..
         for number, axes in factor.depends.items():
             known = depends.setdefault(number, axes)
             depends[number] = tuple(a if b is None else b for a, b in zip(axes, known, strict=True))
-    shape = (*(variables[number].count for number in numbers), *elements)
+    shape = (*(variables[number].num_values for number in numbers), *elements)
     return Factor(jnp.broadcast_to(total, shape), depends)
 
 

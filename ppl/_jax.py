@@ -18,6 +18,7 @@ import jax
 from jax import core, lax
 from jax._src import effects
 from jax._src.core import no_axis_name
+from jax._src.source_info_util import user_frames
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, jaxpr_as_fun
@@ -162,6 +163,9 @@ def caller() -> str:
 
 def place(eqn: JaxprEqn) -> str:
     """Return `file:line` of the user's code that made `eqn`."""
+    for frame in user_frames(eqn.source_info.traceback):
+        if not frame.file_name.startswith(_MACHINERY):
+            return f"{frame.file_name}:{frame.start_line}"
     return source_info_util.summarize(eqn.source_info).split(" (")[0]
 
 

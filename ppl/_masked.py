@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
 from . import _jax
 
@@ -22,9 +22,9 @@ class Masked(eqx.Module):
         missing: flat positions of the elements that are not given, known where the mask was: they become latents.
     """
 
-    value: Array
-    mask: Bool[Array, ...]
-    missing: Array | None = None
+    value: Any
+    mask: Any
+    missing: Any = None
 
 
 def masked(value: Any, mask: Any = None) -> Masked:

@@ -55,14 +55,13 @@ def from_numpyro(model_fn: Callable[..., Any]) -> Model:
     `infer=` hints are ignored. A reversed scan's choices are in the order of time (NumPyro's `log_density`: of steps).
 
     Example:
-        >>> import jax.numpy as jnp, numpyro
+        >>> import jax.numpy as jnp, numpyro, expectax as ex
         >>> from expectax import dist
-        >>> from expectax.ppl._numpyro import from_numpyro
         >>> def coins(n, y=None):
         ...     p = numpyro.sample("p", dist.Beta(1.0, 1.0))
         ...     with numpyro.plate("tosses", n):
         ...         numpyro.sample("y", dist.Bernoulli(p), obs=y)
-        >>> posterior = from_numpyro(coins)(3).given({"y": jnp.array([1, 0, 1])})
+        >>> posterior = ex.from_numpyro(coins)(3).given({"y": jnp.array([1, 0, 1])})
         >>> round(float(posterior.log_density({"p": 0.5})), 4)
         -2.0794
     """

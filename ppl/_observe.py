@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from numpyro import distributions as dist
 
 from . import _jax
-from ._errors import ShapeError
+from ._errors import DistributionError, ShapeError, SupportError
 from ._nesting import nested_program
 from ._sample import bind_site, check_address
 
@@ -57,7 +59,15 @@ def _fixed(address: str, distribution: Any, value: Any, where: str, observed: bo
             f"observe {address!r} at {where}: a bound model has no single value. Condition it: "
             "sample(address, condition(program, {...}))."
         )
-    value = jnp.asarray(value)
+    if isinstance(value, dist.Distribution):
+        raise DistributionError(f"observe {address!r} at {where}: write observe(address, distribution, value).")
+    known = not _jax.is_traced(value)
+    if known and np.asarray(value).dtype.kind == "f" and np.isnan(np.asarray(value)).any():
+        raise SupportError(
+            f"observe {address!r} at {where}: the value holds nan. For missing data make the site a choice and condition "
+            "on ex.masked(value)."
+        )
+    value = as_array(value, f"observe {address!r} at {where}")
     if isinstance(distribution, dist.Distribution):
         expected = tuple(distribution.batch_shape) + tuple(distribution.event_shape)
         if value.shape != expected:
@@ -66,6 +76,16 @@ def _fixed(address: str, distribution: Any, value: Any, where: str, observed: bo
                 f"{value.shape}. Give them one shape (dist.expand, or jax.vmap around the site)."
             )
     return bind_site(address, distribution, where, value=value, observed=observed, **extras)
+
+
+def as_array(value: Any, what: str) -> Array:
+    """Return numbers as an array; refuse what is none."""
+    if not _jax.is_traced(value):
+        dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
+        numeric = jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
+        if not numeric:
+            raise TypeError(f"{what}: expected numbers, got {type(value).__name__} {value!r}.")
+    return jnp.asarray(value)
 
 
 def factor(address: str, log_weight: Any) -> None:
@@ -93,7 +113,7 @@ def factor(address: str, log_weight: Any) -> None:
     """
     where = _jax.caller()
     check_address(address, where)
-    weight = jnp.asarray(log_weight, jnp.result_type(float))
+    weight = as_array(log_weight, f"factor {address!r} at {where}").astype(jnp.result_type(float))
     bind_site(address, dist.Unit(weight), where, value=jnp.zeros((*weight.shape, 0)), observed=False)
 
 
@@ -146,7 +166,7 @@ def deterministic(address: str, value: Any) -> Any:
     """
     where = _jax.caller()
     check_address(address, where)
-    value = jnp.asarray(value)
+    value = as_array(value, f"deterministic {address!r} at {where}")
     return deterministic_p.bind(value, site=Recorded(address, (), value.shape, value.dtype, where))
 
 

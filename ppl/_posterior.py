@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _jax
 from ._choices import check_addresses, check_values
-from ._errors import SupportError
+from ._errors import ShapeError, SupportError
 from ._evaluate import Observed
 from ._masked import Masked, fill, pick
 from ._nested import Choices, leaves_of, merged, nested
@@ -101,7 +101,7 @@ class Posterior:
         for path, value in leaves_of(choices):
             if path not in observed:
                 found.append((path, value))
-            elif _partial(observed[path]):
+            elif _partial(observed[path], path):
                 found.append((path, self._missing_part(value, observed[path])))
         return nested(found)
 
@@ -129,7 +129,7 @@ class Posterior:
         for path, entry in leaves_of(staged.sites):
             if path not in observed:
                 found.append((path, entry))
-            elif _partial(given := observed[path]):
+            elif _partial(given := observed[path], path):
                 found.append((path, entry._replace(missing=given.missing.shape[0])))
         return nested(found)
 
@@ -184,13 +184,24 @@ class Posterior:
     def _constrained(self, unconstrained: Choices) -> Any:
         staged = self._continuous()
         check_addresses(
-            self._latent_table(staged), unconstrained, "unconstrained latents", _jax.caller(), complete=True
+            self._latent_table(staged), unconstrained, "unconstrained latents", _jax.caller(), True, staged.table
         )
-        given = {path: Observed(y) for path, y in leaves_of(self.observations)}
+        entries = dict(leaves_of(staged.sites))
+        for path, u in leaves_of(unconstrained):
+            if jnp.shape(u)[: len(entries[path].times)] != entries[path].times and path not in self._observed:
+                raise ShapeError(
+                    f"unconstrained latents at {_jax.caller()}: site {path!r} has shape {entries[path].shape} and so the "
+                    f"time axes {entries[path].times} in front, got {jnp.shape(u)}. Time comes first, then lanes."
+                )
+        given: dict[str, Any] = {path: Observed(y) for path, y in leaves_of(self.observations)}
         for path, u in leaves_of(unconstrained):
             y = given.get(path)
             given[path] = u if y is None else _spread(u, y.value)
         return staged.run(constraining, given=nested(given.items()))
+
+    @property
+    def _observed(self) -> set[str]:
+        return {path for path, _ in leaves_of(self.observations)}
 
     def _continuous(self) -> Staged:
         staged = stage(self.program)
@@ -204,27 +215,28 @@ class Posterior:
 
     def _complete(self, staged: Staged, latents: Choices, what: str, observed: bool = False) -> Choices:
         """Return latents and observations together; `observed` marks what does not change space."""
-        checked = check_values(self._latent_table(staged), latents, what, _jax.caller(), complete=True)
+        checked = check_values(self._latent_table(staged), latents, what, _jax.caller(), True, staged.table)
         sites, given = dict(leaves_of(staged.sites)), {}
         for path, y in leaves_of(self.observations):
             given[path] = y
-            if _partial(y):
+            if _partial(y, path):
                 value = dict(leaves_of(checked))[path]
                 given[path] = fill(y, value, sites[path].shape, len(sites[path].elements))
             elif isinstance(y, Masked):
                 given[path] = y.value
-            if observed and not _partial(y):
+            if observed and not _partial(y, path):
                 given[path] = Observed(given[path])
         return merged(checked, nested(given.items()))
 
 
-def _partial(observation: Any) -> bool:
+def _partial(observation: Any, path: str = "") -> bool:
     """Tell whether some elements of an observation are missing."""
     if not isinstance(observation, Masked):
         return False
     if observation.missing is None:
         raise SupportError(
-            "which data are missing must be known when the model is conditioned: make the mask with numpy, outside jit."
+            f"given at {_jax.caller()}: which data of site {path!r} are missing must be known when the model is "
+            "conditioned. Make the mask with numpy, outside jit."
         )
     return observation.missing.shape[0] > 0
 

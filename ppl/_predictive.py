@@ -7,15 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from numpyro import distributions as dist
 
 from . import _jax
+from ._choices import check_support, unknown
 from ._compile import compiled
-from ._errors import AddressError, ShapeError, nearest
+from ._errors import AddressError, ShapeError, SupportError
 from ._nested import Choices, leaves_of, merged, nested
 from ._posterior import Posterior
-from ._program import Program, model
+from ._program import Program, model, program_of
 from ._rewrite import Place, rewritten
 from ._staging import check_key, stage
 from ._visitors import recording_all
@@ -65,10 +67,9 @@ def predictive(
     check_key(key)
     if (draws is None) == (num_samples is None):
         raise ValueError(f"predictive at {_jax.caller()} takes either draws or num_samples.")
-    program = target.program if isinstance(target, Posterior) else target
-    if not isinstance(program, Program):
-        raise TypeError(f"predictive at {_jax.caller()} takes a bound program or a posterior, got {target!r}.")
-    program = _freed(program)
+    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
+        raise ValueError(f"predictive at {_jax.caller()}: num_samples is a positive whole number, got {num_samples!r}.")
+    program = _freed(program_of(target, "predictive"))
     observed = dict(leaves_of(target.observations)) if isinstance(target, Posterior) else {}
     table = stage(program).table
     if draws is None:
@@ -77,21 +78,33 @@ def predictive(
     else:
         kept = nested((p, v) for p, v in leaves_of(draws) if p not in observed)
         leading, flat = _flattened(kept, table, "predictive")
-    found = _predict(program, flat, jax.random.split(key, math.prod(leading)), batch_size)
+    found, possible = _predict(program, flat, jax.random.split(key, math.prod(leading)), batch_size)
+    _check_possible(possible, leading, "predictive")
     return jax.tree.map(lambda v: jnp.reshape(v, (*leading, *v.shape[1:])), found)
 
 
 @compiled
-def _predict(program: Program, draws: Choices, keys: Any, batch_size: int | None) -> Choices:
+def _predict(program: Program, draws: Choices, keys: Any, batch_size: int | None) -> tuple[Choices, Any]:
     given = dict(leaves_of(draws))
 
-    def one(inputs: Any) -> Choices:
+    def one(inputs: Any) -> tuple[Choices, Any]:
         key, values = inputs
-        trace, _ = program.generate(key, values)
+        trace, log_weight = program.generate(key, values)
         new = nested((path, v) for path, v in leaves_of(trace.choices) if path not in given)
-        return merged(new, trace.deterministic)
+        return merged(new, trace.deterministic), jnp.isfinite(log_weight)
 
     return _mapped(one, (keys, draws), batch_size)
+
+
+def _check_possible(possible: Any, leading: tuple[int, ...], what: str) -> None:
+    """Refuse draws that the program gives no density: what would follow from them has no meaning."""
+    if _jax.is_traced(possible) or np.all(possible):
+        return
+    index = np.unravel_index(int(np.argmin(np.asarray(possible))), leading)
+    raise SupportError(
+        f"{what} at {_jax.caller()}: {int(np.sum(~np.asarray(possible)))} of {possible.size} draws have no finite density "
+        f"under the program (nan, or outside a support); the first is number {tuple(int(i) for i in index)}."
+    )
 
 
 def _mapped(function: Any, inputs: Any, batch_size: int | None) -> Any:
@@ -121,7 +134,8 @@ def _flattened(draws: Choices, table: Any, what: str) -> tuple[tuple[int, ...], 
     for path, value in leaves_of(draws):
         entry = sites.get(path)
         if entry is None:
-            raise AddressError(f"{what} at {_jax.caller()}: the program has no choice {path!r}.{nearest(path, sites)}")
+            choices = {p: e for p, e in sites.items() if e.kind == "choice"}
+            raise AddressError(unknown(path, table, choices, what, _jax.caller()))
         if entry.kind == "deterministic":
             continue  # it is computed again
         shape, own = jnp.shape(value), entry.shape
@@ -132,6 +146,8 @@ def _flattened(draws: Choices, table: Any, what: str) -> tuple[tuple[int, ...], 
                 f"{'' if leading is None else leading} and then the site's shape {own}."
             )
         leading = batch
+        if not _jax.is_traced(value):
+            check_support(f"{what} at {_jax.caller()}: draws of site {path!r}", entry, np.asarray(value), None)
         flat[path] = jnp.reshape(jnp.asarray(value), (math.prod(batch), *own))
     if leading is None:
         raise ShapeError(f"{what} at {_jax.caller()}: there are no draws in {sorted(draws)}.")
@@ -165,26 +181,29 @@ def log_likelihood(posterior: Posterior | Program, draws: Choices, *, batch_size
         >>> ex.log_likelihood(posterior, {"m": jnp.zeros(5)})["y"].shape
         (5, 3)
     """
-    if isinstance(posterior, Program):
-        posterior = posterior.given({})
-    entries = posterior.latent_sites()
+    program_of(posterior, "log_likelihood")
+    target: Posterior = posterior.given({}) if isinstance(posterior, Program) else posterior
+    entries = target.latent_sites()
     leading, flat = _flattened(draws, entries, "log_likelihood")
-    found = _likelihood(posterior, flat, batch_size)
+    found, possible = _likelihood(target, flat, batch_size)
+    _check_possible(possible, leading, "log_likelihood")
     return jax.tree.map(lambda v: jnp.reshape(v, (*leading, *v.shape[1:])), found)
 
 
 @compiled
-def _likelihood(posterior: Posterior, draws: Choices, batch_size: int | None) -> Choices:
+def _likelihood(posterior: Posterior, draws: Choices, batch_size: int | None) -> tuple[Choices, Any]:
     staged = stage(posterior.program)
     observed = {path for path, _ in leaves_of(posterior.observations)}
     observed |= {path for path, entry in leaves_of(staged.table) if entry.kind == "observed"}
     masks = {path: y.mask for path, y in leaves_of(posterior.observations) if hasattr(y, "mask")}
 
-    def one(latents: Choices) -> Choices:
+    def one(latents: Choices) -> tuple[Choices, Any]:
         given = posterior._complete(staged, latents, "log_likelihood")
         scores = dict(leaves_of(staged.run(recording_all, given=given).choices))
         for path, mask in masks.items():
             scores[path] = jnp.where(mask, scores[path], 0.0)
-        return nested((path, score) for path, score in scores.items() if path in observed)
+        possible = [jnp.all(jnp.isfinite(score)) for path, score in scores.items() if path not in observed]
+        shown = nested((path, score) for path, score in scores.items() if path in observed)
+        return shown, jnp.all(jnp.asarray(possible, bool))
 
     return _mapped(one, draws, batch_size)

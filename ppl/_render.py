@@ -13,7 +13,7 @@ from ._distribution import lane_shape
 from ._nested import leaves_of
 from ._observe import Recorded
 from ._posterior import Posterior
-from ._program import Program
+from ._program import Program, program_of
 from ._staging import stage
 from ._table import Entry
 
@@ -63,7 +63,7 @@ def render(target: Program | Posterior) -> Graph:
         >>> ex.render(pair()).edges
         (('x', 'y'),)
     """
-    program = target.program if isinstance(target, Posterior) else target
+    program = program_of(target, "render")
     observed = {path for path, _ in leaves_of(target.observations)} if isinstance(target, Posterior) else set()
     staged = stage(program)
     parents = dependences(staged.jaxpr).parents

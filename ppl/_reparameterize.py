@@ -49,6 +49,7 @@ def reparameterize(
         DistributionError: a selected site has no location-scale distribution (Normal, StudentT, Cauchy, Laplace,
             Logistic, Gumbel, LogNormal, MultivariateNormal with `scale_tril`; also expanded, or `to_event`).
         TypeError: `"auto"` without a posterior or without a key.
+        ValueError: `centred` outside [0, 1].
 
     Source: Papaspiliopoulos, Roberts and Skold 2007; Gorinova, Moore and Hoffman 2020.
 
@@ -66,12 +67,15 @@ def reparameterize(
     program = target.program if isinstance(target, Posterior) else target
     if not isinstance(program, Program):
         raise TypeError(f"reparameterize at {_jax.caller()} takes a bound program or a posterior, got {target!r}.")
+    if not 0.0 <= centred <= 1.0:
+        raise ValueError(f"reparameterize at {_jax.caller()}: centred lies in [0, 1], got {centred}.")
     sites = dict(leaves_of(program.sites()))
     observed = dict(leaves_of(target.observations)) if isinstance(target, Posterior) else {}
     if isinstance(selection, str) and selection == "auto":
         if not isinstance(target, Posterior) or key is None:
             raise TypeError(
-                "reparameterize('auto') needs a posterior, program.given(...), and key=jax.random.key(...)."
+                f"reparameterize at {_jax.caller()}: 'auto' needs a posterior, program.given(...), and "
+                "key=jax.random.key(...)."
             )
         chosen = _automatic(target, key)
     else:

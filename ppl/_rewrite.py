@@ -135,7 +135,11 @@ class _Rewriting(NamedTuple):
         here = {a: value for a, value in data.items() if a in known}
         leaves, structure = jax.tree.flatten((values, here))
         walk = _Rewriting(self.rule, lambda p: p.rsplit("/", 1)[-1])
-        run = lambda *xs: walk.run(eqn.params["jaxpr"], *jax.tree.unflatten(structure, xs), path)  # noqa: E731
+
+        def run(*xs: Any) -> list[Any]:
+            values, own = jax.tree.unflatten(structure, xs)
+            return walk.run(eqn.params["jaxpr"], values, own, path)
+
         closed = jax.make_jaxpr(run)(*leaves)
         return eqn.primitive.bind(*leaves, jaxpr=closed, hidden=eqn.params["hidden"])
 

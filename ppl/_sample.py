@@ -16,7 +16,7 @@ from numpyro import distributions as dist
 from . import _jax
 from ._custom import as_distribution
 from ._distribution import Lane, align, draw_type, flatten, lane_shape, over, rebuild
-from ._errors import AddressError, ControlFlowError, OutsideModelError, ShapeError
+from ._errors import AddressError, ControlFlowError, DistributionError, OutsideModelError, ShapeError
 from ._nesting import nested_program
 from ._support import known_support
 
@@ -70,12 +70,19 @@ class Site:
 
     def terms(self, d: dist.Distribution, value: Any) -> Array:
         """Return `d.log_prob(value)`, which must have the batch shape of `d`."""
-        terms = jnp.asarray(d.log_prob(value))
+        try:
+            terms = jnp.asarray(d.log_prob(value))
+        except DistributionError as error:
+            raise DistributionError(f"site {self.address!r} at {self.where}: {error}") from error
         if jnp.shape(terms) != tuple(d.batch_shape):
             raise ShapeError(
                 f"site {self.address!r} at {self.where}: log_prob of {type(d).__name__} at a value of shape "
                 f"{jnp.shape(value)} has shape {jnp.shape(terms)}, not the batch shape {tuple(d.batch_shape)}. "
                 "Mend the distribution's log_prob."
+            )
+        if jnp.issubdtype(terms.dtype, jnp.complexfloating):
+            raise DistributionError(
+                f"site {self.address!r} at {self.where}: the log density is complex ({terms.dtype})."
             )
         return terms
 
@@ -153,6 +160,11 @@ def bind_site(
     d = as_distribution(distribution, address, where)
     leaves, structure = flatten(d)
     one = draw_type(structure, leaves)
+    if one.shape != tuple(d.shape()):
+        raise DistributionError(
+            f"site {address!r} at {where}: a draw of {type(d).__name__} has shape {one.shape}, not batch_shape + event_shape "
+            f"= {tuple(d.shape())}. Mend the distribution's sample."
+        )
     given = {"value": value, "mask": mask, "scale": scale}
     extras = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
     site = Site(

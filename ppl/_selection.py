@@ -3,7 +3,7 @@ r"""Selections: which choices an operation is about, with `|`, `&`, `-` and `~`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -82,8 +82,10 @@ def chosen_by(selection: Any, table: Choices, what: str) -> Chosen:
     if isinstance(selection, str):
         selection = select(selection)
     elif not isinstance(selection, Selection):
-        if not isinstance(selection, Iterable):
-            raise AddressError(f"{what} at {_jax.caller()}: a selection is made by ex.select(...), got {selection!r}.")
+        if not isinstance(selection, Iterable) or isinstance(selection, Mapping):
+            raise AddressError(
+                f"{what} at {_jax.caller()}: a selection is made by ex.select(...), got a {type(selection).__name__}: {selection!r}."
+            )
         selection = select(*selection)
     return _resolve(selection, dict(leaves_of(table)), what)
 

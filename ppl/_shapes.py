@@ -6,11 +6,13 @@ import dataclasses
 import html
 from typing import Any
 
+from . import _jax
 from ._distribution import lane_shape
+from ._errors import AddressError, nearest
 from ._nested import leaves_of
 from ._observe import Recorded
 from ._posterior import Posterior
-from ._program import Program
+from ._program import Program, program_of
 from ._staging import stage
 from ._table import Entry
 
@@ -41,7 +43,10 @@ class Shapes:
 
     def __getitem__(self, address: str) -> dict[str, Any]:
         """Return the row of an address."""
-        return next(row for row in self.rows if row["address"] == address)
+        known = {row["address"]: row for row in self.rows}
+        if address not in known:
+            raise AddressError(f"shapes at {_jax.caller()}: there is no address {address!r}.{nearest(address, known)}")
+        return known[address]
 
     def __repr__(self) -> str:
         """Show the table as text."""
@@ -81,7 +86,7 @@ def shapes(target: Program | Posterior) -> Shapes:
         >>> ex.shapes(walk())["x"]["time"]
         (5,)
     """
-    program = target.program if isinstance(target, Posterior) else target
+    program = program_of(target, "shapes")
     observed = {path for path, _ in leaves_of(target.observations)} if isinstance(target, Posterior) else set()
     rows = [_row(path, entry, path in observed) for path, entry in leaves_of(stage(program).table)]
     return Shapes(tuple(rows))

@@ -92,10 +92,10 @@ def _code(label: str, counts: dict[str, int], codes: set[int]) -> int:
     return code
 
 
-def addresses(jaxpr: Any) -> Iterator[str]:
-    """Yield the addresses of all sites in a jaxpr, however deep."""
+def addresses(jaxpr: Any, *others: Any) -> Iterator[str]:
+    """Yield the addresses of all sites (and of other primitives with a `site`) in a jaxpr, however deep."""
     for eqn in _jax.close(jaxpr)[0].eqns:
-        if eqn.primitive is sample_p:
+        if eqn.primitive is sample_p or eqn.primitive in others:
             yield eqn.params["site"].address
         for inner in _jax.sub_jaxprs(eqn):
-            yield from addresses(inner)
+            yield from addresses(inner, *others)

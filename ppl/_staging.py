@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import _jax
 from ._evaluate import Outcome, Visitor, evaluate
 from ._nested import Choices
 from ._table import choices_of, site_table
@@ -45,6 +46,11 @@ def as_data(tree: Any) -> Any:
 
 def stage(program: Program) -> Staged:
     """Trace the program into equations, afresh each time: Python state that it reads may have changed."""
+    if not hasattr(program, "_fixed"):
+        raise TypeError(
+            f"at {_jax.caller()}: expected a bound program, model(arguments), got {program!r}."
+            + (" Bind it to its arguments first." if type(program).__name__ == "Model" else "")
+        )
     arguments, structure = jax.tree.flatten(program._arrays)
     box: list[Any] = []
 
@@ -66,11 +72,13 @@ def check_key(key: Any) -> None:
     """Refuse what is not one typed key."""
     if not jnp.issubdtype(getattr(key, "dtype", bool), jax.dtypes.prng_key):
         raise TypeError(
-            f"expected a typed key, got {type(key).__name__}{getattr(key, 'shape', '')}. Write jax.random.key(seed) "
+            f"at {_jax.caller()}: expected a typed key, got {type(key).__name__}{getattr(key, 'shape', '')}. Write jax.random.key(seed) "
             "instead of jax.random.PRNGKey(seed)."
         )
     if key.shape != ():
-        raise TypeError(f"expected one key, got an array of keys of shape {key.shape}: use jax.vmap over keys.")
+        raise TypeError(
+            f"at {_jax.caller()}: expected one key, got an array of keys of shape {key.shape}: use jax.vmap over keys."
+        )
 
 
 def scalar(total: Any) -> Any:

@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 import zipfile
+import zlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 
 from . import _jax
 from ._choices import check_values
-from ._errors import StorageError
+from ._errors import StorageError, SupportError
 from ._nested import leaves_of, nested
 from ._program import Program
 from ._staging import stage
@@ -26,6 +27,18 @@ _FORMAT = "expectax trace"
 _VERSION = 1
 _HEADER = "header.json"
 _MOST_HEADER_BYTES = 2**24
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What reading a damaged or hostile file may raise."""
 
 
 def save_trace(trace: Trace, path: Any) -> None:
@@ -79,30 +92,28 @@ def load_trace(path: Any, program: Program) -> Trace:
         >>> bool(again["x"] == trace["x"])
         True
     """
-    staged = stage(program)
+    staged, where = stage(program), _jax.caller()
     try:
         with zipfile.ZipFile(path) as archive:
             header = _header(archive, path)
             arrays = _arrays(archive, header, dict(leaves_of(staged.sites)), path)
-    except (
-        zipfile.BadZipFile,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        RecursionError,
-        NotImplementedError,
-    ) as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"load_trace: {path} is damaged or no trace of expectax ({error}).") from error
-    given = check_values(staged.table, nested(arrays.items()), "load_trace", _jax.caller(), complete=True)
+            stored = float(header["log_density"])
+    except (StorageError, FileNotFoundError):
+        raise
+    except (*_DAMAGED, OSError) as error:
+        raise StorageError(f"load_trace at {where}: {path} is damaged or no trace of expectax ({error}).") from error
+    try:
+        given = check_values(staged.table, nested(arrays.items()), "load_trace", where, complete=True)
+    except SupportError as error:
+        raise StorageError(
+            f"load_trace at {where}: {path} holds values that the program cannot have: {error}"
+        ) from error
     trace = finish(program, staged, staged.run(assessing, given=given))
-    stored, found = float(header["log_density"]), float(trace.log_density)
+    found = float(trace.log_density)
     close = stored == found or math.isclose(stored, found, rel_tol=1e-4, abs_tol=1e-3) or stored != stored
     if not close:
         raise StorageError(
-            f"load_trace: the trace in {path} had log density {stored}, but this program gives it {found}. It was made "
+            f"load_trace at {where}: the trace in {path} had log density {stored}, but this program gives it {found}. It was made "
             "by a program with other arguments, or the model has changed."
         )
     return trace
@@ -110,13 +121,13 @@ def load_trace(path: Any, program: Program) -> Trace:
 
 def _header(archive: zipfile.ZipFile, path: Any) -> dict[str, Any]:
     if archive.getinfo(_HEADER).file_size > _MOST_HEADER_BYTES:
-        raise StorageError(f"load_trace: the header of {path} is too large to be ours.")
+        raise StorageError(f"load_trace at {_jax.caller()}: the header of {path} is too large to be ours.")
     header = json.load(io.BytesIO(archive.read(_HEADER)))
     if header["format"] != _FORMAT:
-        raise StorageError(f"load_trace: {path} is no trace of expectax.")
+        raise StorageError(f"load_trace at {_jax.caller()}: {path} is no trace of expectax.")
     if not isinstance(header["version"], int) or header["version"] > _VERSION:
         raise StorageError(
-            f"load_trace: {path} has version {header['version']!r}; this expectax reads up to {_VERSION}. Update it."
+            f"load_trace at {_jax.caller()}: {path} has version {header['version']!r}; this expectax reads up to {_VERSION}. Update it."
         )
     return header
 
@@ -126,7 +137,7 @@ def _arrays(archive: zipfile.ZipFile, header: Any, sites: dict[str, Any], path: 
     described = header["choices"]
     if set(described) != set(sites):
         raise StorageError(
-            f"load_trace: {path} holds choices {sorted(described)}, the program has {sorted(sites)}. Load it with the "
+            f"load_trace at {_jax.caller()}: {path} holds choices {sorted(described)}, the program has {sorted(sites)}. Load it with the "
             "program that made it."
         )
     arrays = {}
@@ -134,10 +145,12 @@ def _arrays(archive: zipfile.ZipFile, header: Any, sites: dict[str, Any], path: 
         shape, dtype = tuple(form["shape"]), np.dtype(form["dtype"])
         if shape != sites[address].shape or dtype.kind not in "biuf":
             raise StorageError(
-                f"load_trace: in {path} site {address!r} has shape {shape} ({dtype}), in the program "
+                f"load_trace at {_jax.caller()}: in {path} site {address!r} has shape {shape} ({dtype}), in the program "
                 f"{sites[address].shape} ({sites[address].dtype})."
             )
         if archive.getinfo(f"{number}.bin").file_size != math.prod(shape) * dtype.itemsize:
-            raise StorageError(f"load_trace: {path} is damaged: the size of site {address!r} is wrong.")
+            raise StorageError(
+                f"load_trace at {_jax.caller()}: {path} is damaged: the size of site {address!r} is wrong."
+            )
         arrays[address] = np.frombuffer(archive.read(f"{number}.bin"), dtype).reshape(shape)
     return arrays

@@ -60,6 +60,14 @@ def density_in_support(
     return jnp.where(inside, found, -jnp.inf), safe
 
 
+def feasible(d: dist.Distribution, value: Any) -> Any:
+    """Return some possible value of the shape of `value`."""
+    support = d.support
+    if support is None or whole_space(support):
+        return jnp.zeros_like(value)
+    return jnp.broadcast_to(jnp.asarray(support.feasible_like(value)), jnp.shape(value))
+
+
 def transform_of(d: dist.Distribution) -> Any:
     """Return numpyro's bijection from unconstrained space onto the support of `d`."""
     return dist.biject_to(d.support)

@@ -11,14 +11,14 @@ from ._errors import AddressError, ControlFlowError, ShapeError
 from ._nested import leaves_of, nested
 from ._nesting import scope_address
 from ._observe import Recorded, deterministic_p
-from ._sample import Site, sample_p
+from ._sample import sample_p
 from ._sources import addresses
 
 
 class Entry(NamedTuple):
     """A site (or a deterministic value) and the sizes of the scans around it, outermost first."""
 
-    site: Site | Recorded
+    site: Any  # a `Site` or a `Recorded`
     times: tuple[int, ...]
     conditional: bool = False  # stands in a branch that may not be taken, or has a mask
     missing: int | None = None  # of a partly observed site: this entry stands for so many missing elements
@@ -59,17 +59,23 @@ Table = dict[str, Any]
 def site_table(jaxpr: Any, times: tuple[int, ...] = ()) -> Table:
     """Return the nested dict of entries of a scope; refuse a duplicate address and an unfollowable place."""
     table: Table = {}
+    places: dict[str, str] = {}
     for eqn in _jax.close(jaxpr)[0].eqns:
         for address, entry in _entries(eqn, times).items():
             if address in table:
-                first, second = _where(table[address]), _where(entry)
+                first, second = places[address], _place(eqn, entry)
                 again = " (a loop? use jax.vmap or lax.scan, or an f-string address)" if first == second else ""
                 raise AddressError(
                     f"address {address!r} is used twice in one model: at {first} and at {second}{again}. Give each site of a "
                     "model its own address, or call a nested model at an address of its own."
                 )
             table[address] = entry
+            places[address] = _place(eqn, entry)
     return table
+
+
+def _place(eqn: Any, entry: Any) -> str:
+    return _where(entry) if isinstance(entry, Entry) else _jax.place(eqn)
 
 
 def _entries(eqn: Any, times: tuple[int, ...]) -> Table:
@@ -159,7 +165,7 @@ def choices_of(table: Table) -> Table:
 
 def unfollowable(eqn: Any) -> ControlFlowError:
     """Return the error for sites inside an equation that no rule covers."""
-    names = ", ".join(repr(a) for j in _jax.sub_jaxprs(eqn) for a in addresses(j))
+    names = ", ".join(sorted({repr(a) for j in _jax.sub_jaxprs(eqn) for a in addresses(j, deterministic_p)}))
     remedy = {
         "while": (
             "How many steps it takes is not known, so its choices have no shape: use ex.bounded_while(..., max_steps=), "

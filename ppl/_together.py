@@ -39,16 +39,16 @@ def walk_together(
     """Walk equations in an order in which like sites are drawn, and then scored, together; see `evaluate`."""
     outcomes: dict[int, Outcome] = {}
     alike: dict[int, _Alike] = {}
-    for step in schedule(equations, found):
+    for step in schedule(equations, found, given):
         leaves = [[env.read(v) for v in equations[i].invars] for i in step]
-        if signature(equations[step[0]], found[step[0]]) is None:
+        if signature(equations[step[0]], found[step[0]], given) is None:
             (i,) = step
             outcomes[i] = walk([equations[i]], env, visitor, iter(found[i]), given)
             continue
         sites = [equations[i].params["site"] for i in step]
         values = _draw_together(visitor, sites, leaves, [found[i][0] for i in step])
-        for i, *drawn in zip(step, sites, leaves, values, strict=True):
-            alike[i] = _Alike(*drawn)
+        for i, site, own, value in zip(step, sites, leaves, values, strict=True):
+            alike[i] = _Alike(site, own, value)
             env[equations[i].outvars[0]] = alike[i].value
             outcomes[i] = NOTHING._replace(choices={alike[i].site.address: alike[i].value})
     for i, log_density in _score_together(alike).items():
@@ -59,9 +59,9 @@ def walk_together(
     return total
 
 
-def schedule(equations: Any, found: list[list[Any]]) -> list[list[int]]:
+def schedule(equations: Any, found: list[list[Any]], given: dict[str, Any]) -> list[list[int]]:
     """Return the equations' numbers in the order of a walk; those in one list are sites to be drawn together."""
-    kinds = [signature(eqn, own) for eqn, own in zip(equations, found, strict=True)]
+    kinds = [signature(eqn, own, given) for eqn, own in zip(equations, found, strict=True)]
     known = [kind for kind in kinds if kind is not None]
     if _jax.lane_axes() or len(set(known)) == len(known):
         return [[i] for i in range(len(equations))]
@@ -83,12 +83,12 @@ def schedule(equations: Any, found: list[list[Any]]) -> list[list[int]]:
     return steps
 
 
-def signature(eqn: Any, own: list[Any]) -> Any:
+def signature(eqn: Any, own: list[Any], given: dict[str, Any]) -> Any:
     """Return what two drawn sites must share to be treated together; None where a site stands alone."""
     if eqn.primitive is not sample_p or len(own) != 1 or own[0] is None:
         return None
     site: Site = eqn.params["site"]
-    if site.extras or math.prod(site.value_shape) > _MOST_NUMBERS:
+    if site.extras or site.address in given or math.prod(site.value_shape) > _MOST_NUMBERS:
         return None
     types = tuple((v.aval.shape, v.aval.dtype) for v in eqn.invars)
     return (type(own[0]), site.structure, site.lanes, site.shape, site.dtype, types)

@@ -123,10 +123,12 @@ class Trace(eqx.Module):
     def __getitem__(self, address: str) -> Any:
         """Return the choice, or the recorded value, at an address or path (`trace["mu"]`, `trace["sub/x"]`)."""
         found: Any = merged(self.deterministic, self.choices)
-        for name in address.split("/"):
+        for name in str(address).split("/"):
             if not isinstance(found, dict) or name not in found:
                 known = [path for tree in (self.choices, self.deterministic) for path, _ in leaves_of(tree)]
-                raise AddressError(f"the trace has no address {address!r}.{nearest(address, known)}")
+                raise AddressError(
+                    f"at {_jax.caller()}: the trace has no address {address!r}.{nearest(address, known)}"
+                )
             found = found[name]
         return found
 

@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from . import _jax
 from ._choices import check_values
-from ._dependence import dependences
-from ._errors import AddressError, ControlFlowError, ShapeError, nearest
+from ._errors import AddressError, ShapeError, nearest
 from ._masked import Masked
 from ._nested import Choices, leaves_of, nested
 from ._observe import deterministic
 from ._program import Program, model
-from ._rewrite import Place, outputs_of, rewritten
+from ._rewrite import Place, rewritten
 from ._sample import check_address, sample
 from ._selection import Selection, chosen_by, select
 from ._staging import stage
@@ -151,7 +151,14 @@ def mask(program: Program, mask: Any, selection: Selection | str | None = None) 
         >>> round(float(masked.assess({"y": jnp.array([0.0, 9.0, 9.0])})[0]), 4)
         -0.9189
     """
-    return _mask(program, _spread(program, jnp.asarray(mask, bool), selection, "mask"))
+    return _mask(program, _spread(program, _booleans(mask, "mask"), selection, "mask"))
+
+
+def _booleans(flags: Any, name: str) -> Any:
+    dtype = flags.dtype if hasattr(flags, "dtype") else np.asarray(flags).dtype
+    if not np.issubdtype(dtype, np.bool_):
+        raise TypeError(f"{name} at {_jax.caller()}: a mask is made of booleans, got {flags!r}.")
+    return jnp.asarray(flags)
 
 
 @model
@@ -248,6 +255,8 @@ def with_data_subsample(program: Program, selection: Any, total: int, *, valid: 
     table = stage(_checked(program, "with_data_subsample")).table
     sites = {path: e for path, e in leaves_of(table) if e.kind != "deterministic"}
     chosen = chosen_by(selection, nested(sites.items()), "with_data_subsample")
+    if any(wanted is not False and wanted is not True for wanted in chosen.values()):
+        raise AddressError(f"with_data_subsample at {_jax.caller()}: select sites as a whole, not by index.")
     sizes = {path: sites[path].elements[:1] for path, wanted in chosen.items() if wanted is not False}
     if len(set(sizes.values())) != 1 or () in sizes.values():
         raise ShapeError(
@@ -255,9 +264,19 @@ def with_data_subsample(program: Program, selection: Any, total: int, *, valid: 
             f"{ {path: sites[path].elements for path in sizes} }."
         )
     ((size,),) = set(sizes.values())
+    if not _jax.is_traced(total) and (total < 1 or (valid is None and total < size)):
+        raise ValueError(
+            f"with_data_subsample at {_jax.caller()}: total is the size of the whole data set, at least the batch's {size}, "
+            f"got {total}."
+        )
     if valid is None:
         return scale(program, total / size, select(*sizes))
-    valid = jnp.asarray(valid, bool)
+    valid = _booleans(valid, "with_data_subsample")
+    if valid.shape != (size,):
+        raise ShapeError(
+            f"with_data_subsample at {_jax.caller()}: valid has shape {valid.shape}, the batch has {size} data "
+            f"({', '.join(map(repr, sizes))})."
+        )
     masked = mask(program, valid, select(*sizes))
     return scale(masked, total / jnp.maximum(jnp.sum(valid), 1), select(*sizes))
 
@@ -282,6 +301,8 @@ def rename(program: Program, addresses: Mapping[str, str]) -> Program:
     table = stage(_checked(program, "rename")).table
     paths = [path for path, _ in leaves_of(table)]
     for old, new in addresses.items():
+        if not isinstance(old, str):
+            raise AddressError(f"rename at {_jax.caller()}: addresses are strings, got {old!r}.")
         if not any(path == old or path.startswith(f"{old}/") for path in paths):
             raise AddressError(f"rename at {_jax.caller()}: the program has no {old!r}.{nearest(old, paths)}")
         check_address(new, _jax.caller())
@@ -298,8 +319,7 @@ def _rename(program: Program, pairs: tuple[tuple[str, str], ...]) -> Any:
     return rewritten(program, lambda place: place.bind(address=renaming(place.path)), {}, renaming)
 
 
-@model
-def scope(program: Program, address: str) -> Any:
+def scope(program: Program, address: str) -> Program:
     """Put a whole program under an address: `{"x": ...}` becomes `{"address": {"x": ...}}`.
 
     Args:
@@ -316,59 +336,10 @@ def scope(program: Program, address: str) -> Any:
         >>> ex.scope(normal(), "left").assess({"left": {"x": 0.0}})[0].shape
         ()
     """
-    return sample(address, _checked(program, "scope"))
-
-
-def block(program: Program, selection: Any) -> Program:
-    """Leave sites out of a program: predictions, for instance, that no inference needs.
-
-    Args:
-        program: a bound program.
-        selection: the sites to leave out. No other site may depend on them: the density of the rest would then be an
-            integral over them (see `marginalize_discrete`).
-
-    Returns:
-        A program without these sites and without the recorded values that depend on them. Parts of the return value
-        that depend on them become None.
-
-    Raises:
-        AddressError: the selection is unknown.
-        ControlFlowError: another site depends on one that is left out.
-
-    Example:
-        >>> import expectax as ex
-        >>> from expectax import dist
-        >>> @ex.model
-        ... def predict():
-        ...     x = ex.sample("x", dist.Normal(0.0, 1.0))
-        ...     return ex.sample("y_new", dist.Normal(x, 1.0))
-        >>> sorted(ex.block(predict(), "y_new").sites())
-        ['x']
-    """
-    staged = stage(_checked(program, "block"))
-    chosen = chosen_by(selection, staged.sites, "block")
-    hidden = frozenset(path for path, wanted in chosen.items() if wanted is not False)
-    if any(wanted is not False and wanted is not True for wanted in chosen.values()):
-        raise AddressError(f"block at {_jax.caller()}: a site is left out as a whole, not by index.")
-    known, entries = dependences(staged.jaxpr), dict(leaves_of(staged.table))
-    for path, parents in known.parents.items():
-        if path not in hidden and parents & hidden and entries[path].kind != "deterministic":
-            raise ControlFlowError(
-                f"block at {_jax.caller()}: {path!r} (at {entries[path].site.where}) depends on {sorted(parents & hidden)}, "
-                "so the density without them would be an integral. Leave out what depends on them too, or sum them out "
-                "with ex.marginalize_discrete."
-            )
-    lost = tuple(bool(paths & hidden) for paths in known.outputs)
-    gone = [path for path, parents in known.parents.items() if path in hidden or parents & hidden]
-    return _block(program, tuple(sorted(gone)), lost)
+    check_address(address, f"scope at {_jax.caller()}")
+    return _scope(_checked(program, "scope"), address)
 
 
 @model
-def _block(program: Program, hidden: tuple[str, ...], lost: tuple[bool, ...]) -> Any:
-    def rule(place: Place) -> Any:
-        if place.path in hidden:
-            return jnp.zeros(place.site.shape, place.site.dtype)  # nothing that remains depends on it
-        return place.bind()
-
-    staged, outputs = outputs_of(program, rule, {}, lambda path: None if path in hidden else path.rsplit("/", 1)[-1])
-    return staged.returned([None if gone else x for gone, x in zip(lost, outputs, strict=True)])
+def _scope(program: Program, address: str) -> Any:
+    return sample(address, program)

@@ -172,9 +172,9 @@ weighing = Visitor(_weigh, kind="weigh")
 """The log density of some elements, and of what the program observes."""
 projecting = Visitor(_project, kind="project")
 """The log density of some elements alone."""
-recording = Visitor(_record)
+recording = Visitor(_record, kind="record")
 """The log densities of all elements, in place of the choices."""
-recording_all = Visitor(_record, fixed=True)
+recording_all = Visitor(_record, fixed=True, kind="record")
 """The same, also of what the program observes."""
 rebinding = Visitor(_rebind, everywhere=True)
 """`vi.simulate`."""
