@@ -164,7 +164,7 @@ def _unconstrain(site: Site, leaves: Any, source: Any, given: Any, mask: Any) ->
     return Visit(given, lanes_of(site, one, given, leaves=leaves), 0.0, 0.0)
 
 
-generating = Visitor(_generate, kind="generate", draw=draw_site, draw_alike=draw_alike)
+generating = Visitor(_generate, kind="generate", draw=lambda *site: draw_site(*site), draw_alike=draw_alike)
 """`simulate`, `generate`."""
 assessing = Visitor(_assess, kind="assess")
 """`assess`."""

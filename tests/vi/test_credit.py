@@ -202,7 +202,9 @@ KEPT = {  # of a score of shape (2, 3): where its two axes are found
     "stack": (lambda z: jnp.stack([z, z], 1), (0, 2)),
     "table": (lambda z: jax.vmap(jax.vmap(lambda i: jnp.arange(4.0)[i]))(z.astype(int)), (0, 1)),
     "table in lanes": (lambda z: jax.vmap(lambda z: z[jnp.max(z).astype(int)])(z), (0, None)),
-    "unknown": (lambda z: jnp.cumsum(z, 0), (None, None)),
+    "cumulated": (lambda z: jnp.cumsum(z, 0), (None, 1)),
+    "slice": (lambda z: z[:, :1], (0, None)),
+    "unknown": (lambda z: jnp.fft.fft(z, axis=0).real, (None, None)),
 }
 
 

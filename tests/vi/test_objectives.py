@@ -222,17 +222,6 @@ def test_strategies_that_do_not_fit_are_refused(cost, gradient, says, mark):
     assert line(mark) in str(caught.value)
 
 
-def lanes_of_branches(p):
-    def lane(on):
-        return lax.cond(on, lambda: 1.0 * ex.sample("b", dist.Bernoulli(p)), lambda: 0.0)  # lanes of branches
-
-    return jnp.sum(jax.vmap(lane)(jnp.array([True, False])))
-
-
-def branch(p):
-    return lax.cond(p > 0.2, lambda: 1.0 * ex.sample("b", dist.Bernoulli(p)), lambda: 0.0)  # branch
-
-
 def endless(p):
     def again(k):
         return k + ex.sample("b", dist.Bernoulli(p))
@@ -245,8 +234,6 @@ def inside_a_derivative(p):
 
 
 PLACES = [
-    (lanes_of_branches, "lanes of branches"),
-    (branch, "branch"),
     (endless, "endless"),
     (inside_a_derivative, "derivative"),
 ]
