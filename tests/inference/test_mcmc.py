@@ -212,7 +212,7 @@ def funnel():
 
 def test_divergences_warn():
     with pytest.warns(RuntimeWarning, match=r"mcmc: \d+ of 400 transitions diverged") as caught:
-        chains = inference.mcmc(funnel().given({}), inference.hmc(target_acceptance=0.5), key=KEY, num_warmup=200, num_samples=100)
+        chains = inference.mcmc(funnel().given({}), inference.hmc(), key=KEY, num_warmup=20, num_samples=100)
     assert f"mcmc: {int(chains.statistics['divergent'].sum())} of" in str(caught[0].message)
     assert caught[0].filename == __file__
 
