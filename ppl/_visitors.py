@@ -47,7 +47,10 @@ def draw_alike(sites: list[Site], leaves: list[Any], sources: list[Any]) -> Arra
     """Draw the values of sites that differ in nothing but their numbers, along a new first axis."""
     if isinstance(sources[0], Noise):
         return jax.vmap(lambda xs, noise: transformed(sites[0], xs, noise))(leaves, Noise.stacked(sources))
-    return jax.vmap(lambda xs, key: draw_site(sites[0], xs, key))(leaves, jnp.stack(sources))
+    # stacked as data, since JAX's key-reuse checker takes a stack of keys for a use of each
+    data = jnp.stack([jax.random.key_data(key) for key in sources])
+    keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(sources[0]))
+    return jax.vmap(lambda xs, key: draw_site(sites[0], xs, key))(leaves, keys)
 
 
 def scored(site: Site, leaves: Any, value: Any) -> tuple[Array, Array]:
