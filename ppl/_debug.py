@@ -99,19 +99,21 @@ def debug(target: Program | Posterior, choices: Choices | None = None, *, key: A
         visit = base.visit(site, leaves, source, given, mask)
         return visit._replace(record=_inspected(site, leaves, visit))
 
-    records = staged.run(Visitor(inspect, fixed=True), source, given).choices
-    entries = dict(leaves_of(staged.table))
-    for path, record in leaves_of(records):
+    outcome = staged.run(Visitor(inspect, fixed=True), source, given)
+    entries, present = dict(leaves_of(staged.table)), dict(leaves_of(outcome.present))
+    for path, record in leaves_of(outcome.choices):
         entry = entries[path]
         parameters, value, log_density = (jax.tree.map(np.asarray, x) for x in vars(record).values())
         bad = {"a parameter": list(parameters.values()), "the value": [value], "the log density": [log_density]}
         for what, arrays in bad.items():
             flags = [_per_element(~np.isfinite(a), len(entry.elements)) for a in arrays if a.dtype.kind == "f"]
-            if flags and (found := np.logical_or.reduce(flags)).any():
+            here = np.asarray(present.get(path, True))
+            if flags and (found := np.logical_or.reduce(flags) & here).any():
                 index = tuple(int(i) for i in np.argwhere(found)[0])
                 name = type(entry.site.distribution([None] * entry.site.structure.num_leaves)).__name__
-                here = {n: p[index] for n, p in parameters.items()}
-                return Finding(path, entry.site.where, index, what, name, here, value[index], float(log_density[index]))
+                inputs = {n: p[index] for n, p in parameters.items()}
+                density = float(log_density[index])
+                return Finding(path, entry.site.where, index, what, name, inputs, value[index], density)
     return None
 
 

@@ -162,8 +162,10 @@ def _at_site(eqn: Any, operands: Any, visitor: Visitor, source: Any, given: dict
     own = Observed(extras["value"]) if "value" in extras else given.get(site.address)
     asked = own if counted is None else safe(site, leaves, own, counted, visitor)
     visit = visitor.visit(site, leaves, source, asked, counted)
-    if asked is not own and visitor.kind in _SCORING:
-        visit = visit._replace(record=own)
+    if asked is not own:  # what does not count goes on as it was given
+        given_value = own.value if isinstance(own, Observed) else own
+        visit = visit._replace(value=jnp.where(expand(counted, visit.value), visit.value, given_value))
+        visit = visit._replace(record=own) if visitor.kind in _SCORING else visit
     log_density, log_weight = _counted(visit, extras.get("scale"), counted)
     if not isinstance(log_density, float):
         log_density = jnp.sum(_jax.tag(log_density, site.address))
@@ -189,7 +191,7 @@ def _counted(visit: Visit, scale: Any, mask: Any) -> tuple[Any, Any]:
     """Scale and mask a site's densities; the weight is the density less that of the proposal, which is not scaled."""
     log_density, log_weight = visit.log_density, visit.log_weight
     if scale is not None and not isinstance(log_density, float):
-        more = (scale - 1.0) * log_density
+        more = jnp.where(jnp.isneginf(log_density), 0.0, (scale - 1.0) * log_density)  # what is impossible stays so
         log_density, log_weight = log_density + more, log_weight + more
     if mask is not None:
         log_density, log_weight = (

@@ -21,7 +21,7 @@ def check_guide(guide: Program, posterior: Posterior, where: str, covering: bool
     latents = dict(leaves_of(posterior.latent_sites()))
     observed = dict(leaves_of(posterior.observations))
     for path, entry in sites.items():
-        if path in observed:
+        if path in observed and path not in latents:
             raise AddressError(f"the guide at {entry.site.where} has a site {path!r}, which the posterior observes.")
         if path not in latents:
             raise AddressError(

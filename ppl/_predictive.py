@@ -194,7 +194,8 @@ def log_likelihood(posterior: Posterior | Program, draws: Choices, *, batch_size
 def _likelihood(posterior: Posterior, draws: Choices, batch_size: int | None) -> tuple[Choices, Any]:
     staged = stage(posterior.program)
     observed = {path for path, _ in leaves_of(posterior.observations)}
-    observed |= {path for path, entry in leaves_of(staged.table) if entry.kind == "observed"}
+    observed |= {p for p, e in leaves_of(staged.table) if e.kind == "observed" and e.site.observed}
+    latent = {path for path, _ in leaves_of(posterior.latent_sites())} - observed
     masks = {path: y.mask for path, y in leaves_of(posterior.observations) if hasattr(y, "mask")}
 
     def one(latents: Choices) -> tuple[Choices, Any]:
@@ -202,7 +203,7 @@ def _likelihood(posterior: Posterior, draws: Choices, batch_size: int | None) ->
         scores = dict(leaves_of(staged.run(recording_all, given=given).choices))
         for path, mask in masks.items():
             scores[path] = jnp.where(mask, scores[path], 0.0)
-        possible = [jnp.all(jnp.isfinite(score)) for path, score in scores.items() if path not in observed]
+        possible = [jnp.all(jnp.isfinite(score)) for path, score in scores.items() if path in latent]
         shown = nested((path, score) for path, score in scores.items() if path in observed)
         return shown, jnp.all(jnp.asarray(possible, bool))
 

@@ -46,7 +46,7 @@ def reparameterize(
 
     Raises:
         AddressError: the selection is unknown, or names an observed site.
-        DistributionError: a selected site has no location-scale distribution (Normal, StudentT, Cauchy, Laplace,
+        DistributionError: a selected site is scaled, or has no location-scale distribution (Normal, StudentT, Cauchy, Laplace,
             Logistic, Gumbel, LogNormal, MultivariateNormal with `scale_tril`; also expanded, or `to_event`).
         TypeError: `"auto"` without a posterior or without a key.
         ValueError: `centred` outside [0, 1].
@@ -98,6 +98,11 @@ def _reparameterized(program: Program, paths: tuple[str, ...], centred: float) -
     def rule(place: Place) -> Any:
         if place.path not in paths:
             return place.bind()
+        if "scale" in place.extras:
+            raise DistributionError(
+                f"reparameterize: site {place.path!r} at {place.site.where} has a scaled density, which a change of "
+                "variables does not keep. Reparameterize first, then scale."
+            )
         base, back = split(place.distribution, centred)
         return deterministic(place.address, back(place.bind(f"{place.address}_base", base)))
 
@@ -119,11 +124,14 @@ def split(d: Any, centred: Any) -> tuple[Any, Any]:
         base, back = split(d.base_dist, centred)
         return base.expand(d.batch_shape), back
     if type(d) is dist.MultivariateNormal:
-        c = 1.0 if centred == 1.0 else 0.0
-        if c:
-            return d, lambda e: e
-        flat = dist.MultivariateNormal(jnp.zeros_like(d.loc), scale_tril=jnp.eye(d.event_shape[0]))
-        return flat.expand(d.batch_shape), lambda e: d.loc + jnp.einsum("...ij,...j->...i", d.scale_tril, e)
+        root = (1.0 - centred) * jnp.eye(d.event_shape[0]) + centred * d.scale_tril
+        base = dist.MultivariateNormal(centred * d.loc, scale_tril=root)
+
+        def unwhitened(e: Any) -> Any:
+            flat = jax.scipy.linalg.solve_triangular(root, (e - centred * d.loc)[..., None], lower=True)
+            return d.loc + (d.scale_tril @ flat)[..., 0]
+
+        return base, unwhitened
     loc, scale = d.loc, d.scale
     small = scale**centred
     if type(d) is dist.StudentT:

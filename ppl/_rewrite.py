@@ -163,7 +163,7 @@ def _recorded(site: Recorded, address: str, value: Any) -> Any:
     def record(x: Any) -> Any:
         return deterministic_p.bind(x, site=Recorded(address, (), site.shape, site.dtype, site.where))
 
-    for size in site.sizes:
+    for size in reversed(site.sizes):
         record = jax.vmap(record, axis_size=size)
     return record(value)
 
