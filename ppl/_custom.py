@@ -56,7 +56,7 @@ class UserDistribution(dist.Distribution):
 
     def __init__(self, sampler: Any, density: Any, support: Any, parameters: Any):
         """Keep the functions, and the parameters as arrays and the rest."""
-        as_array = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, (int, float)) else x, parameters)
+        as_array = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, float) else x, parameters)
         self.parameters, rest = eqx.partition(as_array, eqx.is_array)
         leaves, structure = jax.tree.flatten(rest)
         self.sampler, self.density, self.constraint, self.static = sampler, density, support, (tuple(leaves), structure)

@@ -37,10 +37,8 @@ def everything(y):
 
     def step(x, _):
         x = ex.sample("x", dist.Normal(x, 1.0))
-        jax.vmap(lambda i: ex.sample("z", dist.MultivariateNormal(x * i * jnp.ones((4, 2)), jnp.eye(2))))(
-            jnp.arange(3.0)
-        )
-        return x, None
+        z = lambda i: ex.sample("z", dist.MultivariateNormal(x * i * jnp.ones((4, 2)), jnp.eye(2)))  # noqa: E731
+        return x, jax.vmap(z)(jnp.arange(3.0))
 
     last, _ = lax.scan(step, e, None, length=5)
     c = lax.cond(b == 1, lambda: ex.sample("c", dist.Normal(last, 1.0)), lambda: 0.0)
@@ -71,9 +69,7 @@ def test_the_table_of_shapes():
     assert (table["a"]["dtype"], table["b"]["dtype"], table["z"]["dtype"]) == ("float32", "int32", "float32")
     assert "Positive" in table["a"]["support"] and "Real" in table["x"]["support"]
     lines = repr(table).splitlines()
-    assert len(lines) == 12 and all(
-        line.split()[0] == row["address"] for line, row in zip(lines[1:], table.rows, strict=True)
-    )
+    assert [line.split()[0] for line in lines] == ["address", *expected]
     assert table._repr_html_().count("<tr>") == 12
     assert repr(ex.shapes(ex.model(lambda: None)())) == "no sites"
     for entry, row in zip(leaves_of(everything(0.3).table()), table.rows, strict=True):
@@ -215,19 +211,12 @@ def test_text_under_jit_has_no_tracer_errors():
     def run(y: Any, key: Any) -> Any:
         program = ex.scale(everything(y), y)
         trace = program.simulate(key)
-        things = [
-            program,
-            trace,
-            program.given({"a": y}),
-            ex.shapes(program),
-            ex.render(program),
-            ex.select("a") | ex.select("b"),
-        ]
+        things = [program, trace, program.given({"a": y}), ex.shapes(program), ex.render(program)]
         texts.extend(map(repr, things))
         return trace.log_density
 
     run(0.3, KEY)
-    assert len(texts) == 6 and "(traced)" in texts[1]
+    assert len(texts) == 5 and "(traced)" in texts[1]
 
 
 @ex.model
@@ -236,11 +225,7 @@ def kept(scale):
     a = ex.sample("sub", inner(0.0))
     on = ex.sample("on", dist.Bernoulli(0.5))
     lax.cond(on == 1, lambda: ex.sample("c", dist.Normal(a, scale)), lambda: 0.0)
-    coin = ex.distribution(
-        lambda key: jax.random.bernoulli(key),
-        lambda x: jnp.where(x, jnp.log(0.3), jnp.log(0.7)),
-        support=dist.constraints.boolean,
-    )
+    coin = ex.distribution(jax.random.bernoulli, lambda x: jnp.log(0.5), support=dist.constraints.boolean)
     jax.vmap(lambda m: (ex.sample("z", dist.Normal(m, scale)), ex.sample("flag", coin())))(jnp.arange(3.0))
     ex.sample("n", dist.Poisson(3.0).expand([2]))
     ex.sample("p", dist.Gamma(2.0, 1.0))
