@@ -163,7 +163,7 @@ def _at_site(eqn: Any, operands: Any, visitor: Visitor, source: Any, given: dict
     asked = own if counted is None else safe(site, leaves, own, counted, visitor)
     visit = visitor.visit(site, leaves, source, asked, counted)
     if asked is not own:  # what does not count goes on as it was given
-        given_value = own.value if isinstance(own, Observed) else own
+        given_value: Any = own.value if isinstance(own, Observed) else own
         visit = visit._replace(value=jnp.where(expand(counted, visit.value), visit.value, given_value))
         visit = visit._replace(record=own) if visitor.kind in _SCORING else visit
     log_density, log_weight = _counted(visit, extras.get("scale"), counted)

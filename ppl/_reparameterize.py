@@ -124,12 +124,13 @@ def split(d: Any, centred: Any) -> tuple[Any, Any]:
         base, back = split(d.base_dist, centred)
         return base.expand(d.batch_shape), back
     if type(d) is dist.MultivariateNormal:
-        root = (1.0 - centred) * jnp.eye(d.event_shape[0]) + centred * d.scale_tril
+        factor: Any = d.scale_tril
+        root = (1.0 - centred) * jnp.eye(d.event_shape[0]) + centred * factor
         base = dist.MultivariateNormal(centred * d.loc, scale_tril=root)
 
         def unwhitened(e: Any) -> Any:
             flat = jax.scipy.linalg.solve_triangular(root, (e - centred * d.loc)[..., None], lower=True)
-            return d.loc + (d.scale_tril @ flat)[..., 0]
+            return d.loc + (factor @ flat)[..., 0]
 
         return base, unwhitened
     loc, scale = d.loc, d.scale

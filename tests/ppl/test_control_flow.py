@@ -353,8 +353,7 @@ def test_regenerate(name):
     hows = ["an element", "all but an element", *(["a site"] if scalar else [])]  # few values: few moves
     wanted = {how: selections(name)[how] for how in hows}
     few = len(states) <= 60  # else the identity of matrices, which needs every state and move, is too much work
-    moves_each = 2000 if name == "nested model in vmap in cond" else 400  # its rarest move is rare
-    start = np.repeat(states if few else states[:: len(states) // 60], moves_each)
+    start = np.repeat(states if few else states[:: len(states) // 60], 400)
 
     @jax.jit
     @jax.vmap

@@ -131,7 +131,9 @@ def check_round(body: Any, sites: Any, some: Any, first: Any, second: Any, mask:
 
     # update to other choices and another argument, all given
     there, weight = out["there"]
-    close(weight, check_trace(body, there, X + 0.3).log_p - at_first.log_p)
+    new = check_trace(body, there, X + 0.3)
+    close(weight, new.log_p - at_first.log_p)
+    _check_kept(there, second, new.present)
     back, opposite = out["back"]
     close(weight + opposite, 0.0)
     check_same(body, back, out["generated"][0])
@@ -169,7 +171,7 @@ def _check_kept(trace: Any, values: dict[str, Any], where: dict[str, Any]) -> No
 
 
 @pytest.mark.timeout(900)  # two minutes of one core
-@quiet(max_examples=8)
+@quiet(max_examples=6)
 @given(programs())
 def test_laws(program):
     check(*program)
