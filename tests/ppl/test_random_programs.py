@@ -185,6 +185,7 @@ def test_laws_on_many_programs(program):
     check(*program)
 
 
+@pytest.mark.slow
 @quiet(max_examples=2)
 @given(programs())
 def test_jit_and_vmap_draw_alike(pair):
