@@ -137,7 +137,8 @@ def numbers(key: Any, n: int, dtype: str) -> Any:
     requests = [
         _noise.Request(2**31 + i, kind, size) for i, (kind, size) in enumerate([("normal", 3), ("uniform", 2)] * 2)
     ]
-    drawn = _jax.over_lanes(lambda key: _noise.noise(key, requests, dtype), n)(key)
+    own = lambda key: [pool[row] for pool, row in _noise.noise(key, requests, dtype)]  # noqa: E731
+    drawn = _jax.over_lanes(own, n)(key)
     return jnp.concatenate([jax.scipy.stats.norm.cdf(a) if a.shape[1] == 3 else a for a in drawn], axis=1)
 
 
