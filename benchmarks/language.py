@@ -37,6 +37,7 @@ def compile_time() -> list[Row]:
     """Compile `simulate` of 200 mixed scalar sites, beside 200 numbers cut out of one array by hand."""
 
     def seconds(function: Any) -> float:
+        jax.clear_caches()
         lowered = jax.jit(function).lower(jax.random.key(0))
         start = time.perf_counter()
         lowered.compile()
