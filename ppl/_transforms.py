@@ -229,7 +229,8 @@ def _spread(program: Program, value: Any, selection: Any, name: str) -> Choices:
 def with_data_subsample(program: Program, selection: Any, total: int, *, valid: Any = None) -> Program:
     r"""Scale a program on a minibatch to the whole data set: $\frac{N}{n} \sum_{i \in B} \log p(y_i)$.
 
-    With every batch drawn evenly, the log density and its gradient are unbiased for the whole data set's.
+    The log density and its gradient are unbiased for the whole data set's if all batches of one size are equally likely,
+    or if a batch is drawn with probability $n / N$ (a short last batch less often than the others).
 
     Args:
         program: a program bound to one batch.

@@ -160,11 +160,8 @@ def test_elements_that_count(name):
         over = lambda a, v: np.sum((a.reshape(a.shape + (1,) * (v.ndim - a.ndim)) - 1.0) * v)  # noqa: E731
         close(run(choices, arrays), [[total(own) + over(a, own[p]) for a in arrays[p]] for p in arrays])
         for selection, paths in ((None, None), (ex.select("sub", "z"), ["sub/e", "z"])):
-            new, expected = (
-                transform(program(), arrays["w"][0], selection),
-                (float(arrays["w"][0]) - 1) * total(own, paths),
-            )
-            close([new.assess(choices)[0], new.generate(KEY, choices)[1]], total(own) + expected)
+            new, less = transform(program(), arrays["w"][0], selection), 1 - float(arrays["w"][0])
+            close([new.assess(choices)[0], new.generate(KEY, choices)[1]], total(own) - less * total(own, paths))
 
 
 def test_a_scaled_site_outside_its_support_has_no_density():
