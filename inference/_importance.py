@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from expectax.ppl import NonFiniteError, Posterior, Program, _jax
+from expectax.ppl import ControlFlowError, NonFiniteError, Posterior, Program, _jax
 from expectax.ppl._compile import compiled
 from expectax.ppl._match import check_guide
 from expectax.ppl._nested import leaves_of
@@ -94,7 +94,11 @@ def check_weights(posterior: Posterior, particles: Particles) -> None:
 
 def blamed_site(posterior: Posterior, latents: Any) -> str | None:
     """Return the path of the first site whose log density is not finite at the latents."""
-    for path, value in leaves_of(posterior.site_log_densities(latents)):
+    try:
+        scores = posterior.site_log_densities(latents)
+    except ControlFlowError:  # a program whose choices are summed out has no densities site by site
+        return None
+    for path, value in leaves_of(scores):
         if not np.isfinite(np.asarray(value)).all():
             return path
     return None

@@ -10,7 +10,7 @@ from . import _jax
 from ._dependence import dependences
 from ._errors import AddressError, ControlFlowError
 from ._nested import leaves_of
-from ._program import Program, model, program_of
+from ._program import Program, bound_program, model
 from ._rewrite import Place, outputs_of
 from ._selection import chosen_by
 from ._staging import stage
@@ -42,7 +42,7 @@ def block(program: Program, selection: Any) -> Program:
         >>> sorted(ex.block(predict(), "y_new").sites())
         ['x']
     """
-    staged = stage(program_of(program, "block"))
+    staged = stage(bound_program(program, "block"))
     chosen = chosen_by(selection, staged.sites, "block")
     hidden = frozenset(path for path, wanted in chosen.items() if wanted is not False)
     if any(wanted is not False and wanted is not True for wanted in chosen.values()):

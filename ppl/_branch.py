@@ -13,6 +13,7 @@ from jax import lax
 
 from . import _jax
 from ._errors import ControlFlowError, OutsideModelError
+from ._masked import expand
 from ._sample import sample_p
 from ._sources import addresses
 
@@ -78,12 +79,6 @@ def clamped(index: Any, count: int) -> Any:
     return jnp.clip(index, 0, count - 1)
 
 
-def prefix(flags: Any, x: Any, after: int = 0) -> Any:
-    """Return flags with the axes of `x`, of size 1 but where the flags run: after the first `after` axes."""
-    shape = jnp.shape(flags)
-    return jnp.reshape(flags, (1,) * after + shape + (1,) * (jnp.ndim(x) - after - len(shape)))
-
-
 def guarded(taken: Any, operands: list[Any]) -> list[Any]:
     """Return a branch's operands without a derivative where the branch is not taken.
 
@@ -93,14 +88,14 @@ def guarded(taken: Any, operands: list[Any]) -> list[Any]:
     def guard(x: Any) -> Any:
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             return x
-        return jnp.where(prefix(taken, x), x, lax.stop_gradient(x))
+        return jnp.where(expand(taken, x), x, lax.stop_gradient(x))
 
     return [guard(x) for x in operands]
 
 
-def select(index: Any, cases: list[Any], after: int = 0) -> Any:
+def select(index: Any, cases: list[Any]) -> Any:
     """Return the array of the branch that each lane takes."""
     result = cases[-1]
     for number in reversed(range(len(cases) - 1)):
-        result = jnp.where(prefix(index == number, result, after), cases[number], result)
+        result = jnp.where(expand(index == number, result), cases[number], result)
     return result

@@ -167,8 +167,7 @@ def _walk_object(value: Any, seen: _Seen, data: bool) -> Any:
     if not transparent:
         return _Identity(value)
     state = getattr(value, "_state", lambda: _attributes(value))()
-    own = kind if hasattr(value, "_state") else _Identity(value)  # a model is known by its function alone
-    return (own, _walk(kind, seen, False), _walk(state, seen, False))
+    return (_Identity(value), _walk(kind, seen, False), _walk(state, seen, False))
 
 
 def _attributes(value: Any) -> dict[str, Any]:

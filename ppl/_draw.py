@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from . import _jax
 from ._distribution import Lane, NotFusable, align, batched, draw_type, lane_shape, rebuild, type_of
 
+_ODD = (1009,)
+"""A size that no distribution has for an axis of its own, to see where a sampler puts its sample axes."""
+
 
 class KeyLane(NamedTuple):
     """A vmap around a draw: `key_dim` is the mapped axis of the key, `axis` the library's name if it made the vmap."""
@@ -50,7 +53,12 @@ def _without(t: jax.ShapeDtypeStruct, dim: int | None) -> jax.ShapeDtypeStruct:
 def fused_sample(key: jax.Array, structure: Any, lanes: tuple[Lane, ...], leaves: Any) -> jax.Array:
     """Draw all lanes from one key."""
     if all(dim is None for lane in lanes for dim in lane.dims):
-        return jnp.asarray(rebuild(structure, leaves).sample(key, lane_shape(lanes)))
+        d = rebuild(structure, leaves)
+        # some samplers put the sample axes elsewhere: an odd shape shows where they go, whatever the sizes
+        odd = jax.eval_shape(lambda key: d.sample(key, _ODD), key).shape if lanes and d.shape() else None
+        if odd is not None and odd != _ODD + tuple(d.shape()):
+            return _split_sample(key, structure, lanes, leaves)
+        return jnp.asarray(d.sample(key, lane_shape(lanes)))
     aligned = rebuild(structure, align(lanes, leaves))
     try:
         whole = batched(aligned, len(lanes), lane_shape(lanes) + tuple(aligned.batch_shape))

@@ -169,7 +169,7 @@ class Walk:
 
     def _all_values(self, site: Site, operands: list[Lifted], path: str) -> tuple[int, Lifted]:
         """Return a new variable, and all values of its elements at once."""
-        bare, leaves, _ = site.split([_one(x) for x in operands])
+        bare, leaves, _ = site.split([_first(x) for x in operands])
         support = single_support(bare, leaves)
         if support is None or site.fixed:
             raise ControlFlowError(
@@ -231,11 +231,6 @@ class Walk:
 def _first(value: Lifted) -> Any:
     """Return a lifted value that is the same for every assignment."""
     return value.array[(0,) * len(value.depends)] if value.depends else value.array
-
-
-def _one(value: Lifted) -> Any:
-    """Return a value of one assignment: for what only the static structure is read from."""
-    return _first(value)
 
 
 def _terms(site: Site, value: Any, mask: Any, operands: Any, absent: float, count: Any) -> tuple[Any, Any]:

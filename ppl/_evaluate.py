@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from . import _jax
-from ._branch import branches_of, prefix
+from ._branch import branches_of
 from ._errors import ControlFlowError
 from ._masked import Masked, expand
 from ._nested import leaves_of
@@ -203,7 +203,7 @@ def _counted(visit: Visit, scale: Any, mask: Any) -> tuple[Any, Any]:
 def _record(eqn: Any, values: Any, mask: Any) -> Outcome:
     """Keep a deterministic value."""
     (value,), address = values, eqn.params["site"].address
-    present = {} if mask is None else {address: jnp.broadcast_to(prefix(mask, value), jnp.shape(value))}
+    present = {} if mask is None else {address: jnp.broadcast_to(expand(mask, value), jnp.shape(value))}
     return NOTHING._replace(outputs=[value], present=present, deterministic={address: value})
 
 

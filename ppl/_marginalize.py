@@ -19,7 +19,7 @@ from ._evaluate import NOTHING, Outcome, Visitor, evaluate
 from ._factor import Lifted, eliminate, scalar_total
 from ._masked import Masked, expand
 from ._nested import Choices, leaves_of, nested
-from ._program import Program, model
+from ._program import Program, bound_program, model
 from ._rewrite import outputs_of
 from ._selection import chosen_by
 from ._staging import stage
@@ -64,9 +64,7 @@ def marginalize_discrete(program: Program, selection: Any = None) -> Program:
         >>> round(float(program.assess({"y": jnp.zeros(3)})[0]), 4)
         -4.2568
     """
-    if not isinstance(program, Program):
-        raise TypeError(f"marginalize_discrete at {_jax.caller()} takes a bound program, got {program!r}.")
-    staged = stage(program)
+    staged = stage(bound_program(program, "marginalize_discrete"))
     entries = dict(leaves_of(staged.sites))
     if selection is None:
         chosen = {path: _finite(entry) for path, entry in entries.items()}

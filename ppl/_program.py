@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _jax
 from ._choices import check_values
-from ._compile import Fingerprint, Fixed
+from ._compile import Fixed
 from ._evaluate import Outcome
 from ._nested import Choices
 from ._nesting import nest
@@ -167,14 +167,16 @@ class Program:
         return nest(address, functools.partial(self.model.function, *self.args, **self.kwargs))
 
 
+def bound_program(program: Any, what: str) -> Program:
+    """Return a bound program; refuse anything else, also a posterior, whose observations would be lost."""
+    if not isinstance(program, Program):
+        raise TypeError(f"{what} at {_jax.caller()} takes a bound program, model(arguments), got {program!r}.")
+    return program
+
+
 def program_of(target: Any, what: str) -> Program:
     """Return the bound program of a program or posterior; refuse anything else."""
-    program = getattr(target, "program", target)
-    if not isinstance(program, Program):
-        raise TypeError(
-            f"{what} at {_jax.caller()} takes a bound program, model(arguments), or a posterior, got {target!r}."
-        )
-    return program
+    return bound_program(getattr(target, "program", target), what)
 
 
 def _shown(argument: Any) -> str:
@@ -206,16 +208,6 @@ class Model:
         """What a compiled program depends on; see `_compile`."""
         return self.function
 
-    def __eq__(self, other: object) -> bool:
-        """Models made anew by the same code, with the same values around it, are the same."""
-        if self is other or not isinstance(other, Model):
-            return self is other
-        return _code(self) == _code(other) and Fingerprint(self.function) == Fingerprint(other.function)
-
-    def __hash__(self) -> int:
-        """Agree with `==`: like models have one code."""
-        return hash(_code(self))
-
     def __repr__(self) -> str:
         """Show the model by its name."""
         return f"<model {getattr(self, '__name__', '?')}>"
@@ -223,10 +215,6 @@ class Model:
     def __reduce__(self) -> Any:
         """Pickle a model by its name, as functions are."""
         return getattr(self, "__qualname__", None) or super().__reduce__()
-
-
-def _code(model: Model) -> Any:
-    return getattr(model.function, "__code__", id(model.function))
 
 
 def model(function: Callable[..., Any]) -> Model:

@@ -19,7 +19,7 @@ from ._errors import AddressError, DistributionError, SupportError
 from ._nested import Choices, leaves_of, nested
 from ._observe import deterministic
 from ._posterior import Posterior
-from ._program import Program, model
+from ._program import Program, model, program_of
 from ._rewrite import Place, rewritten
 from ._selection import chosen_by
 from ._staging import check_key, stage
@@ -64,9 +64,7 @@ def reparameterize(
         >>> bool(abs(trace["x"] - trace["scale"] * trace["x_base"]).max() < 1e-6)
         True
     """
-    program = target.program if isinstance(target, Posterior) else target
-    if not isinstance(program, Program):
-        raise TypeError(f"reparameterize at {_jax.caller()} takes a bound program or a posterior, got {target!r}.")
+    program = program_of(target, "reparameterize")
     if not 0.0 <= centred <= 1.0:
         raise ValueError(f"reparameterize at {_jax.caller()}: centred lies in [0, 1], got {centred}.")
     sites = dict(leaves_of(program.sites()))

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-import tempfile
+import secrets
 import zipfile
 import zlib
 from typing import Any
@@ -53,10 +53,9 @@ def save_trace(trace: Trace, path: Any) -> None:
         "log_density": float(trace.log_density),
         "choices": {p: {"shape": list(a.shape), "dtype": a.dtype.str} for p, a in arrays.items()},
     }
-    folder = os.path.dirname(os.path.abspath(os.fspath(path)))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".trace-")
+    temporary = f"{os.fspath(path)}.{secrets.token_hex(8)}"
     try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with open(temporary, "xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr(_HEADER, json.dumps(header))
             for number, array in enumerate(arrays.values()):
                 archive.writestr(f"{number}.bin", np.ascontiguousarray(array).tobytes())
@@ -140,6 +139,9 @@ def _arrays(archive: zipfile.ZipFile, header: Any, sites: dict[str, Any], path: 
             f"load_trace at {_jax.caller()}: {path} holds choices {sorted(described)}, the program has {sorted(sites)}. Load it with the "
             "program that made it."
         )
+    expected = {_HEADER, *(f"{number}.bin" for number in range(len(described)))}
+    if sorted(archive.namelist()) != sorted(expected):
+        raise StorageError(f"load_trace at {_jax.caller()}: {path} holds other files than a trace does.")
     arrays = {}
     for number, (address, form) in enumerate(described.items()):
         shape, dtype = tuple(form["shape"]), np.dtype(form["dtype"])

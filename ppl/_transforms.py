@@ -18,23 +18,15 @@ from ._errors import AddressError, ShapeError, nearest
 from ._masked import Masked
 from ._nested import Choices, leaves_of, nested
 from ._observe import deterministic
-from ._program import Program, model
+from ._program import Program, bound_program, model
 from ._rewrite import Place, rewritten
 from ._sample import check_address, sample
 from ._selection import Selection, chosen_by, select
 from ._staging import stage
 
 
-def _checked(program: Any, name: str) -> Program:
-    if not isinstance(program, Program):
-        raise TypeError(
-            f"{name} at {_jax.caller()} takes a bound program, model(arguments), got {type(program).__name__}."
-        )
-    return program
-
-
 def _values(program: Program, values: Choices, name: str) -> Choices:
-    given = check_values(stage(_checked(program, name)).table, values, name, _jax.caller())
+    given = check_values(stage(bound_program(program, name)).table, values, name, _jax.caller())
     for path, value in leaves_of(given):
         if isinstance(value, Masked):
             raise ShapeError(
@@ -206,7 +198,7 @@ def _scale(program: Program, data: Choices) -> Any:
 
 def _spread(program: Program, value: Any, selection: Any, name: str) -> Choices:
     """Return for each selected site the value over all its elements."""
-    table = stage(_checked(program, name)).table
+    table = stage(bound_program(program, name)).table
     sites = {path: e for path, e in leaves_of(table) if e.kind != "deterministic"}
     chosen = chosen_by(~select() if selection is None else selection, nested(sites.items()), name)
     data = {}
@@ -253,7 +245,7 @@ def with_data_subsample(program: Program, selection: Any, total: int, *, valid: 
         >>> bool(jnp.allclose(part.assess({})[0], batch(jnp.zeros(10)).assess({})[0]))
         True
     """
-    table = stage(_checked(program, "with_data_subsample")).table
+    table = stage(bound_program(program, "with_data_subsample")).table
     sites = {path: e for path, e in leaves_of(table) if e.kind != "deterministic"}
     chosen = chosen_by(selection, nested(sites.items()), "with_data_subsample")
     if any(wanted is not False and wanted is not True for wanted in chosen.values()):
@@ -299,7 +291,7 @@ def rename(program: Program, addresses: Mapping[str, str]) -> Program:
         >>> sorted(ex.rename(normal(), {"x": "z"}).sites())
         ['z']
     """
-    table = stage(_checked(program, "rename")).table
+    table = stage(bound_program(program, "rename")).table
     paths = [path for path, _ in leaves_of(table)]
     for old, new in addresses.items():
         if not isinstance(old, str):
@@ -338,7 +330,7 @@ def scope(program: Program, address: str) -> Program:
         ()
     """
     check_address(address, f"scope at {_jax.caller()}")
-    return _scope(_checked(program, "scope"), address)
+    return _scope(bound_program(program, "scope"), address)
 
 
 @model

@@ -117,8 +117,15 @@ def test_traces_and_posteriors_pickle():
     )
 
 
+@pytest.mark.xfail(
+    strict=True, reason="models are compared by identity: values around them may differ between two calls"
+)
 def test_a_model_made_again_compiles_nothing_again():
-    """G1: traces of an identically re-created model had unequal tree definitions, and compiled `jit` again."""
+    """G1: traces of an identically re-created model had unequal tree definitions, and compiled `jit` again.
+
+    We share the defect. Comparing models by code and closure gave stale numbers in a user's own jit, which keeps what
+    it traced (see test_reviewed); a compilation more is the lesser evil.
+    """
 
     def make() -> Any:
         return ex.model(lambda m: ex.sample("x", dist.Normal(m, 1.0)))(0.5)

@@ -93,3 +93,56 @@ def test_messages():
         coin().given({"y": [[1.0], [1.0, 2.0]]})
     with pytest.raises(ex.ppl.AddressError, match="a loop"):
         ex.model(lambda: [ex.sample("x", dist.Normal(0.0, 1.0)) for _ in range(2)])().simulate(KEY)
+
+
+def test_a_model_made_anew_is_not_taken_for_one_with_other_values(monkeypatch):
+    """In a user's own jit, too: the program that JAX keeps was traced with the values of then."""
+
+    def make():
+        return ex.model(lambda: ex.sample("x", dist.Normal(0.0, SPREAD)))()
+
+    density = jax.jit(lambda program: program.assess({"x": 0.0})[0])
+    for spread in (1.0, 2.0, 1.0):
+        monkeypatch.setitem(globals(), "SPREAD", spread)
+        np.testing.assert_allclose(density(make()), dist.Normal(0.0, spread).log_prob(0.0), rtol=1e-6)
+
+
+SPREAD = 1.0
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_sampler_that_puts_its_sample_axes_last(size):
+    """numpyro's TruncatedPolyaGamma draws (2, 3) for three samples of shape (2,): lanes came last, unseen if equal."""
+
+    @ex.model
+    def lanes():
+        jax.vmap(lambda _: ex.sample("x", Last(jnp.arange(1.0 * size))))(jnp.arange(3))
+
+    np.testing.assert_array_equal(lanes().simulate(KEY)["x"], np.tile(np.arange(size), (3, 1)))
+
+
+class Last(dist.Distribution):
+    """Draws its location, the sample axes behind."""
+
+    pytree_data_fields = ("loc",)
+    support = dist.constraints.real
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(batch_shape=loc.shape, event_shape=())
+
+    def sample(self, key, sample_shape=()):
+        del key
+        return jnp.broadcast_to(
+            self.loc.reshape(self.loc.shape + (1,) * len(sample_shape)), self.loc.shape + sample_shape
+        )
+
+    def log_prob(self, value):
+        return jnp.zeros(jnp.shape(value))
+
+
+def test_a_saved_trace_has_the_modes_of_other_files(tmp_path):
+    coin().simulate(KEY).save(tmp_path / "trace")
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / "trace").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "trace"]
