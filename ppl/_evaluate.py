@@ -23,7 +23,7 @@ from ._nested import leaves_of
 from ._nesting import scope_address
 from ._observe import deterministic_p
 from ._sample import Site, lanes_of, sample_p
-from ._sources import sources_of_each
+from ._sources import Drawn, Plan, drawn, drawn_for_steps, handed_out, planned
 from ._support import feasible
 from ._table import has_sites, site_table, unfollowable
 
@@ -85,9 +85,22 @@ def evaluate(jaxpr: Any, args: Any, visitor: Visitor, key: Any = None, given: An
     of the outermost lanes the walk counts.
     """
     given = given or {}
+    plan = None if key is None else plan_of(jaxpr, given)
+    return evaluate_with(jaxpr, args, visitor, plan, None if plan is None else drawn(plan, key), given, mask)
+
+
+def plan_of(jaxpr: Any, given: dict[str, Any]) -> Plan:
+    """Plan the randomness of a walk."""
+    return planned(_jax.close(jaxpr)[0].eqns, lambda site: draws(given.get(site.address)))
+
+
+def evaluate_with(
+    jaxpr: Any, args: Any, visitor: Visitor, plan: Plan | None, noise: Drawn | None, given: dict[str, Any], mask: Any
+) -> Outcome:
+    """Walk a jaxpr with randomness that is drawn already; see `evaluate`."""
     env, opened = _jax.Environment.of(jaxpr, args), _jax.close(jaxpr)[0]
-    found = [] if key is None else sources_of_each(opened.eqns, key, lambda site: draws(given.get(site.address)))
-    if key is None or visitor.draw is None or mask is not None:
+    found = [] if plan is None or noise is None else handed_out(plan, noise)
+    if plan is None or visitor.draw is None or mask is not None:
         outcome = walk(opened.eqns, env, visitor, itertools.chain(*found), given, mask)
     else:
         from ._together import walk_together
@@ -237,22 +250,23 @@ def _inside(eqn: Any, values: Any, visitor: Visitor, found: Iterator[Any], given
 
 
 def _scan(eqn: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, Any], mask: Any) -> Outcome:
-    """Run a scan whose body has sites: keys and given values become inputs of each step, choices outputs."""
+    """Run a scan whose body has sites: noise and given values become inputs of each step, choices outputs."""
     num_consts, num_carry = _jax.scan_sizes(eqn)
     body, length = eqn.params["jaxpr"], eqn.params["length"]
     cut = num_consts + num_carry
     consts, carry, xs = values[:num_consts], values[num_consts:cut], values[cut:]
     here = {address: given[address] for address in site_table(body) if address in given}
     here = jax.tree.map(_without_positions, here, is_leaf=lambda g: isinstance(g, Masked))
-    step_keys = None if key is None else jax.random.split(key, length)
+    plan = None if key is None else plan_of(body, here)
+    step_noise, of_step = (None, lambda _: None) if plan is None else drawn_for_steps(plan, key, length)
 
     def step(carry: Any, inputs: Any) -> Any:
-        step_key, step_given, x = inputs
-        outcome = evaluate(body, [*consts, *carry, *x], visitor, step_key, step_given, mask)
+        noise, step_given, x = inputs
+        outcome = evaluate_with(body, [*consts, *carry, *x], visitor, plan, of_step(noise), step_given, mask)
         return outcome.outputs[:num_carry], outcome._replace(outputs=outcome.outputs[num_carry:])
 
     carry, stacked = lax.scan(
-        step, carry, (step_keys, here, xs), length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
+        step, carry, (step_noise, here, xs), length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
     )
     return stacked._replace(
         outputs=[*carry, *stacked.outputs],

@@ -16,6 +16,9 @@ from jax import lax
 
 from . import _jax
 
+_MANY_ROWS = 16
+"""From so many sites on, the numbers of one kind and size are made in a loop."""
+
 
 class Request(NamedTuple):
     """What a site wants: a stream, `"normal"` or `"uniform"` (open unit interval), and how many numbers."""
@@ -47,41 +50,51 @@ class Noise:
         return pool.reshape(len(sources), *first.shape)
 
 
-def noise(key: jax.Array, requests: list[Request], dtype: Any) -> list[tuple[jax.Array, int]]:
-    """Return for each request an array and the row that is its own, all drawn at once."""
+def noise(key: jax.Array, requests: list[Request], dtype: Any, steps: int | None = None) -> list[jax.Array]:
+    """Draw the noise of all requests at once, an array for each kind and size; `places` tells whose is what.
+
+    The arrays have shape `(rows, size)`, for a number of steps `(rows, steps, size)`.
+    """
+    groups = _groups(requests)
+    plan = tuple((kind, size, tuple(requests[n].code for n in ns)) for (kind, size), ns in groups.items())
+    outer = () if steps is None else (Around(steps, None),)
+    return noise_p.bind(key, plan=plan, outer=outer, dtype=jnp.dtype(dtype))
+
+
+def places(requests: list[Request]) -> list[tuple[int, int]]:
+    """Return for each request which array, and which of its rows, is its own."""
+    rows = {n: (a, row) for a, ns in enumerate(_groups(requests).values()) for row, n in enumerate(ns)}
+    return [rows[n] for n in range(len(requests))]
+
+
+def _groups(requests: list[Request]) -> dict[tuple[str, int], list[int]]:
     groups: dict[tuple[str, int], list[int]] = {}
     for number, request in enumerate(requests):
         groups.setdefault((request.kind, request.size), []).append(number)
-    plan = tuple((kind, size, tuple(requests[n].code for n in ns)) for (kind, size), ns in groups.items())
-    drawn = noise_p.bind(key, plan=plan, outer=(), dtype=jnp.dtype(dtype))
-    result: dict[int, tuple[jax.Array, int]] = {}
-    for array, numbers in zip(drawn, groups.values(), strict=True):
-        result.update((n, (array, s)) for s, n in enumerate(numbers))
-    return [result[n] for n in range(len(requests))]
+    return groups
 
 
 class Around(NamedTuple):
-    """A vmap around the noise; `key_dim` None: the library's own lanes, which share the key."""
+    """A vmap (or a loop) around the noise; `key_dim` None: the library's own, whose lanes (or steps) share the key."""
 
     size: int
     key_dim: int | None
 
 
 def _implementation(key: jax.Array, *, plan: Any, outer: Any, dtype: Any) -> list[jax.Array]:
-    lanes, rest = [], list(outer)
-    while rest and rest[0].key_dim is None:
-        lanes.insert(0, rest.pop(0).size)
+    """Draw the library's lanes from one stream, and what has keys of its own from those keys."""
+    mapped = [n for n, around in enumerate(outer) if around.key_dim is not None]
+    shared = [n for n, around in enumerate(outer) if around.key_dim is None]
+    lanes = tuple(outer[n].size for n in reversed(shared))
 
     def draw(key: jax.Array) -> list[jax.Array]:
-        return _draw(key, plan, tuple(lanes), dtype)
+        return _draw(key, plan, lanes, dtype)
 
-    for around in rest:
-        if around.key_dim is None:
-            inner, size = jax.vmap(draw, 0, 1), around.size
-            draw = lambda key, inner=inner, size=size: inner(_jax.split_each(key, size))  # noqa: E731
-        else:
-            draw = jax.vmap(draw, around.key_dim, 1)
-    return draw(key)
+    for n in mapped:
+        draw = jax.vmap(draw, outer[n].key_dim, 1)
+    stands = [*reversed(mapped), *reversed(shared)]  # the vmaps of the arrays' axes, which the later ones precede
+    order = [1 + stands.index(n) for n in reversed(range(len(outer)))]
+    return [jnp.transpose(array, (0, *order, array.ndim - 1)) for array in draw(key)]
 
 
 def _draw(key: jax.Array, plan: Any, lanes: tuple[int, ...], dtype: Any) -> list[jax.Array]:
@@ -99,7 +112,7 @@ def _draw(key: jax.Array, plan: Any, lanes: tuple[int, ...], dtype: Any) -> list
         start = cut.stop
         both = jnp.concatenate([first[cut].reshape(len(codes), half), second[cut].reshape(len(codes), half)], axis=1)
         bits = both[:, : size * words * math.prod(lanes)]
-        arrays.append(_convert(kind, bits, words, dtype).reshape(len(codes), *lanes, size))
+        arrays.append(_converted(kind, bits, words, dtype).reshape(len(codes), *lanes, size))
     return arrays
 
 
@@ -109,6 +122,19 @@ def _stream(codes: tuple[int, ...], half: int) -> jax.Array:
 
 def _counter(count: int, half: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.uint32, (count, half), 1).reshape(-1)
+
+
+def _converted(kind: str, bits: jax.Array, words: int, dtype: Any) -> jax.Array:
+    """Turn words into numbers, those of many sites in a loop of two steps.
+
+    XLA compiles what it can see through once more for each site that reads it, but it does not look into loops.
+    """
+    rows = len(bits)
+    if rows < _MANY_ROWS:
+        return _convert(kind, bits, words, dtype)
+    halves = jnp.pad(bits, ((0, rows % 2), (0, 0))).reshape(2, -1, bits.shape[1])
+    numbers = lax.map(lambda half: _convert(kind, half, words, dtype), halves)
+    return numbers.reshape(-1, numbers.shape[-1])[:rows]
 
 
 def _convert(kind: str, bits: jax.Array, words: int, dtype: Any) -> jax.Array:

@@ -6,59 +6,120 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from . import _jax
 from ._nesting import scope_address
-from ._noise import Noise, Request, noise
+from ._noise import Noise, Request, noise, places
 from ._pathwise import rule_of
 from ._sample import Site, sample_p
 
 Wanted = Callable[[Site], bool]
 
 
-def sources(equations: Any, key: Any, wanted: Wanted = lambda site: True) -> Iterator[Any]:
-    """Return, in the order of a walk, one source per site, nested model and scan of some equations.
+_MOST_AHEAD = 2**22
+"""The most numbers, per lane, that are drawn ahead of a loop."""
 
-    A source is `Noise` or a key; None for a site that is not `wanted` (its value is given). Each is made of the
-    address (and, in objectives, of how often the address came before), so that adding a site leaves the draws of the
-    others alone.
+
+class Plan(NamedTuple):
+    """Which sites, nested models and scans of some equations want randomness: `(equation, site or None, code)` each.
+
+    `pooled` and `keyed` are the numbers of those that take noise, and a key of their own.
     """
+
+    items: list[tuple[int, Site | None, int]]
+    pooled: list[int]
+    keyed: list[int]
+    equations: int
+
+
+class Drawn(NamedTuple):
+    """The randomness of a plan: arrays of noise, and keys (None: nothing wanted one)."""
+
+    noise: list[jax.Array]
+    keys: Any
+
+
+def planned(equations: Any, wanted: Wanted = lambda site: True) -> Plan:
+    """Plan the randomness of some equations; a site that is not `wanted` (its value is given) gets none.
+
+    A source is made of the address (and, in objectives, of how often the address came before), so that adding a site
+    leaves the draws of the others alone.
+    """
+    counts: dict[str, int] = {}
+    codes: set[int] = set()
+    items = [(i, *item) for i, eqn in enumerate(equations) for item in _items([eqn], counts, codes)]
+    drawn = [n for n, (_, site, _) in enumerate(items) if site is None or (not site.fixed and wanted(site))]
+    pooled = [n for n in drawn if (site := items[n][1]) is not None and _pools(site)]
+    return Plan(items, pooled, sorted(set(drawn) - set(pooled)), len(equations))
+
+
+def drawn(plan: Plan, key: Any) -> Drawn:
+    """Draw the randomness of a plan, everything at once."""
+    arrays = noise(key, _requests(plan), jnp.result_type(float)) if plan.pooled else []
+    if not plan.keyed:
+        return Drawn(arrays, None)
+    number_of = jnp.asarray([plan.items[n][2] for n in plan.keyed], jnp.uint32)
+    return Drawn(arrays, jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, number_of))
+
+
+def drawn_for_steps(plan: Plan, key: Any, length: int) -> tuple[Any, Callable[[Any], Drawn]]:
+    """Draw the randomness of a loop's steps ahead of it: one random call, not one a step.
+
+    Returns what each step takes as input, and a function that makes its `Drawn` of that. Where it would fill the
+    memory each step draws its own.
+    """
+    requests = _requests(plan)
+    if length * sum(request.size for request in requests) > _MOST_AHEAD:
+        return jax.random.split(key, length), lambda own: drawn(plan, own)
+    arrays = noise(key, requests, jnp.result_type(float), steps=length) if requests else []
+    ahead = [jnp.moveaxis(array, 1, 0) for array in arrays]
+    if not plan.keyed:
+        return Drawn(ahead, None), lambda own: own
+    of_steps = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(length, dtype=jnp.uint32))
+    keys = jax.vmap(lambda own: drawn(plan._replace(pooled=[]), own).keys)(of_steps)
+    return Drawn(ahead, keys), lambda own: own
+
+
+def handed_out(plan: Plan, drawn: Drawn) -> list[list[Any]]:
+    """Return for each equation, in the order of a walk, the sources of what is in it: `Noise`, a key, or None."""
+    found: dict[int, Any] = {}
+    if plan.pooled:
+        for n, (number, row) in zip(plan.pooled, places(_requests(plan)), strict=True):
+            site = plan.items[n][1]
+            assert site is not None
+            found[n] = Noise(drawn.noise[number], row, site.value_shape)
+    found.update((n, drawn.keys[m]) for m, n in enumerate(plan.keyed))
+    result: list[list[Any]] = [[] for _ in range(plan.equations)]
+    for n, (i, _, _) in enumerate(plan.items):
+        result[i].append(found.get(n))
+    return result
+
+
+def sources(equations: Any, key: Any, wanted: Wanted = lambda site: True) -> Iterator[Any]:
+    """Return, in the order of a walk, one source per site, nested model and scan of some equations."""
     return itertools.chain(*sources_of_each(equations, key, wanted))
 
 
 def sources_of_each(equations: Any, key: Any, wanted: Wanted = lambda site: True) -> list[list[Any]]:
-    """Return the sources of each equation; see `sources`."""
-    counts: dict[str, int] = {}
-    codes: set[int] = set()
-    items = [(i, item) for i, eqn in enumerate(equations) for item in _items([eqn], counts, codes)]
-    drawn = [n for n, (_, (site, _)) in enumerate(items) if site is None or (not site.fixed and wanted(site))]
-    pooled = [n for n in drawn if (site := items[n][1][0]) is not None and _pools(site)]
-    keyed = sorted(set(drawn) - set(pooled))
-    found: dict[int, Any] = {}
-    if pooled:
-        dtype = jnp.result_type(float)
-        rows = noise(key, [_request(*items[n][1]) for n in pooled], dtype)
-        for n, (array, row) in zip(pooled, rows, strict=True):
-            found[n] = Noise(array, row, items[n][1][0].value_shape)
-    if keyed:
-        number_of = jnp.asarray([items[n][1][1] for n in keyed], jnp.uint32)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, number_of)
-        found.update((n, keys[m]) for m, n in enumerate(keyed))
-    result: list[list[Any]] = [[] for _ in equations]
-    for n, (i, _) in enumerate(items):
-        result[i].append(found.get(n))
-    return result
+    """Return the sources of each equation; see `planned`."""
+    plan = planned(equations, wanted)
+    return handed_out(plan, drawn(plan, key))
+
+
+def _requests(plan: Plan) -> list[Request]:
+    return [_request(plan.items[n]) for n in plan.pooled]
 
 
 def _pools(site: Site) -> bool:
     return rule_of(site.distribution([None] * site.structure.num_leaves)) is not None
 
 
-def _request(site: Site, code: int) -> Request:
+def _request(item: Any) -> Request:
+    _, site, code = item
     rule = rule_of(site.distribution([None] * site.structure.num_leaves))
     assert rule is not None
     return Request(code, rule.kind, math.prod(site.value_shape))

@@ -9,6 +9,8 @@ $\sum_i p(x_i;\theta)\, k(x_i)$, with $k$ run under one vmap (ADEV, Lew et al. 2
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ from jax import lax
 from expectax.ppl import _jax
 from expectax.ppl._flow import Dependence, flow, lane_mover, merge, mixed, moved, of
 from expectax.ppl._sample import Site, sample_p
-from expectax.ppl._sources import sources
+from expectax.ppl._sources import drawn_for_steps, handed_out, planned, sources
 from expectax.ppl._visitors import draw_site
 
 from ._boxes import Samples, Score, boxed_sum
@@ -146,15 +148,16 @@ class _Walk:
         consts, carry, xs = values[:num_consts], values[num_consts:][:num_carry], values[num_consts + num_carry :]
         names: list[tuple[str, Reinforce | None]] = []
 
+        noise, handed = noise_of_steps(body, self.sources[i], length)
+
         def step(carry: Any, inputs: Any) -> Any:
-            key, x = inputs
-            outputs, found = _direct(body, [*consts, *carry, *x], key)
+            own_noise, x = inputs
+            outputs, found = _direct(body, [*consts, *carry, *x], handed(own_noise))
             names[:] = [(site.address, strategy) for site, strategy, _, _ in found]
             return outputs[:num_carry], (outputs[num_carry:], [f[2] for f in found], [f[3] for f in found])
 
-        keys = jax.random.split(self.sources[i], length)
         carry, (ys, scores, finite) = lax.scan(
-            step, carry, (keys, xs), length=length, reverse=reverse, unroll=eqn.params["unroll"]
+            step, carry, (noise, xs), length=length, reverse=reverse, unroll=eqn.params["unroll"]
         )
         own: dict[int, Any] = {}
         for n, ((address, strategy), score, ok) in enumerate(zip(names, scores, finite, strict=True)):
@@ -207,11 +210,19 @@ def _at_site(i: int, site: Site, leaves: Any, inputs: list[Dependence], scored: 
     return result
 
 
-def _direct(body: Any, args: Any, key: Any) -> tuple[list[Any], list[tuple[Site, Reinforce | None, Any, Any]]]:
+def noise_of_steps(body: Any, key: Any, length: int) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
+    """Draw the noise of a scan's steps ahead of it; the function makes a step's sources of its part."""
+    plan = planned(_jax.close(body)[0].eqns)
+    noise, of_step = drawn_for_steps(plan, key, length)
+    return noise, lambda own: itertools.chain(*handed_out(plan, of_step(own)))
+
+
+def _direct(
+    body: Any, args: Any, found_sources: Iterator[Any]
+) -> tuple[list[Any], list[tuple[Site, Reinforce | None, Any, Any]]]:
     """Run a scan's body with sites drawn; return also `(site, strategy, score, finite)` of each."""
     env = _jax.Environment.of(body, args)
     opened = _jax.close(body)[0]
-    found_sources = sources(opened.eqns, key)
     found: list[tuple[Site, Reinforce | None, Any, Any]] = []
     for eqn in opened.eqns:
         values = [env.read(v) for v in eqn.invars]
@@ -239,17 +250,16 @@ def _inner_scan(eqn: Any, values: list[Any], key: Any) -> tuple[list[Any], list[
     num_consts, num_carry = _jax.scan_sizes(eqn)
     consts, carry, xs = values[:num_consts], values[num_consts:][:num_carry], values[num_consts + num_carry :]
     sites: list[Any] = []
+    length = eqn.params["length"]
+    noise, handed = noise_of_steps(eqn.params["jaxpr"], key, length)
 
     def step(carry: Any, inputs: Any) -> Any:
-        key, x = inputs
-        outputs, found = _direct(eqn.params["jaxpr"], [*consts, *carry, *x], key)
+        own_noise, x = inputs
+        outputs, found = _direct(eqn.params["jaxpr"], [*consts, *carry, *x], handed(own_noise))
         sites[:] = [(site, strategy) for site, strategy, _, _ in found]
         return outputs[:num_carry], (outputs[num_carry:], [f[2] for f in found], [f[3] for f in found])
 
-    length = eqn.params["length"]
-    carry, (ys, scores, finite) = lax.scan(
-        step, carry, (jax.random.split(key, length), xs), length=length, reverse=eqn.params["reverse"]
-    )
+    carry, (ys, scores, finite) = lax.scan(step, carry, (noise, xs), length=length, reverse=eqn.params["reverse"])
     joined = [
         (site, strategy, jnp.sum(score), jnp.all(ok))
         for (site, strategy), score, ok in zip(sites, scores, finite, strict=True)

@@ -8,6 +8,7 @@ Life of Canada (1921), by way of P. Howard (2009). Model: A. J. Lotka (1925), V.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,9 @@ from numpyro import distributions as dist
 from expectax.ppl import Posterior, model, sample
 
 from ._stan import Entry, Parameter, positive
+
+Solver = Callable[[Array, Array, Array], Array]
+"""From theta, log populations at time 0 and later times to the log populations at those."""
 
 STEPS = 50
 """Steps of the solver between two observations: errors of 2e-10 in log densities and 2e-9 in their gradients here."""
@@ -31,35 +35,6 @@ _STAGES = (
     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
 )
 _WEIGHTS = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
-
-
-@model
-def lotka_volterra(times: Float[Array, " n"]) -> Float[Array, "n 2"]:
-    r"""Prey and predators with $u' = (\alpha - \beta v) u$ and $v' = (-\gamma + \delta u) v$, log-normal errors.
-
-    Priors: $\alpha, \gamma \sim N^+(1, 0.5)$, $\beta, \delta \sim N^+(0.05, 0.05)$, initial populations
-    $\text{LogNormal}(\log 10, 1)$, and sd of the log observations $\text{LogNormal}(-1, 1)$.
-
-    The equations are solved for the logarithms of the populations by a Runge-Kutta method with fixed steps, which JAX
-    differentiates in every mode. (Stan's program solves them to relative and absolute tolerances of 1e-5 and 1e-3.)
-
-    Args:
-        times: times of the observations after the first one, at time 0.
-
-    Returns:
-        The populations at `times`. Sites: `theta` (alpha, beta, gamma, delta), `z_init`, `sigma`, `y_init` and `y`.
-
-    Example: see `load`.
-    """
-    theta = sample(
-        "theta", dist.TruncatedNormal(jnp.array([1.0, 0.05, 1.0, 0.05]), jnp.array([0.5, 0.05, 0.5, 0.05]), low=0.0)
-    )
-    z_init = sample("z_init", dist.LogNormal(jnp.full(2, math.log(10.0)), 1.0))
-    sigma = sample("sigma", dist.LogNormal(jnp.full(2, -1.0), 1.0))
-    sample("y_init", dist.LogNormal(jnp.log(z_init), sigma))
-    log_z = log_populations(theta, jnp.log(z_init), times)
-    sample("y", dist.LogNormal(log_z, sigma))
-    return jnp.exp(log_z)
 
 
 def log_populations(
@@ -105,9 +80,39 @@ def log_populations(
     return jax.lax.scan(advance, start, jnp.diff(times, prepend=0.0))[1]
 
 
-def _condition(data: dict[str, Any]) -> Posterior:
+@model
+def lotka_volterra(times: Float[Array, " n"], solve: Solver = log_populations) -> Float[Array, "n 2"]:
+    r"""Prey and predators with $u' = (\alpha - \beta v) u$ and $v' = (-\gamma + \delta u) v$, log-normal errors.
+
+    Priors: $\alpha, \gamma \sim N^+(1, 0.5)$, $\beta, \delta \sim N^+(0.05, 0.05)$, initial populations
+    $\text{LogNormal}(\log 10, 1)$, and sd of the log observations $\text{LogNormal}(-1, 1)$.
+
+    The equations are solved for the logarithms of the populations by a Runge-Kutta method with fixed steps, which JAX
+    differentiates in every mode. (Stan's program solves them to relative and absolute tolerances of 1e-5 and 1e-3.)
+
+    Args:
+        times: times of the observations after the first one, at time 0.
+        solve: a solver of the equations, with the arguments and the result of `log_populations`, which is the default.
+
+    Returns:
+        The populations at `times`. Sites: `theta` (alpha, beta, gamma, delta), `z_init`, `sigma`, `y_init` and `y`.
+
+    Example: see `load`.
+    """
+    theta = sample(
+        "theta", dist.TruncatedNormal(jnp.array([1.0, 0.05, 1.0, 0.05]), jnp.array([0.5, 0.05, 0.5, 0.05]), low=0.0)
+    )
+    z_init = sample("z_init", dist.LogNormal(jnp.full(2, math.log(10.0)), 1.0))
+    sigma = sample("sigma", dist.LogNormal(jnp.full(2, -1.0), 1.0))
+    sample("y_init", dist.LogNormal(jnp.log(z_init), sigma))
+    log_z = solve(theta, jnp.log(z_init), times)
+    sample("y", dist.LogNormal(log_z, sigma))
+    return jnp.exp(log_z)
+
+
+def _condition(data: dict[str, Any], solve: Solver = log_populations) -> Posterior:
     observed = {"y_init": jnp.array(data["y_init"], float), "y": jnp.array(data["y"], float)}
-    return lotka_volterra(jnp.array(data["ts"], float)).given(observed)
+    return lotka_volterra(jnp.array(data["ts"], float), solve).given(observed)
 
 
 ENTRY = Entry(

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from expectax import dist, ppl
-from expectax.ppl import _draw, _jax, _noise
+from expectax.ppl import _draw, _jax, _noise, _sources
 from helpers import two_stage_uniform, two_stage_z
 
 KEY = jax.random.key(20260803)
@@ -49,6 +49,39 @@ def test_one_random_call_serves_all_sites_that_take_base_noise():
 
     # 14 numbers a lane of 32 bits each; threefry makes them in two halves
     assert over_lanes_of(sites) == [("threefry2x32", 7000)]
+
+
+def test_the_noise_of_a_loop_is_drawn_before_it_by_one_call():
+    def sites():
+        step = lambda x, _: (ppl.sample("x", dist.Normal(x, 1.0)) + ppl.sample("e", dist.Exponential(1.0)), None)  # noqa: E731
+        jax.lax.scan(step, 0.0, length=6)
+
+    jaxpr = jax.make_jaxpr(ppl.model(sites)().simulate)(KEY)
+    assert random_equations(jaxpr) == [("threefry2x32", 6)]  # 12 words
+    (loop,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    assert random_equations(loop.params["jaxpr"]) == []
+
+
+STEPS = {  # sites that take noise, one that takes a key, and a loop in a loop, in a loop of four steps
+    "noise": lambda: ppl.sample("x", dist.Normal(0.0, 1.0)),
+    "key": lambda: ppl.sample("x", dist.Gamma(1.0, 1.0)),
+    "inner": lambda: jax.lax.scan(lambda c, _: (c + ppl.sample("x", dist.Normal(0.0, 1.0)), None), 0.0, length=2)[0],
+}
+
+
+@pytest.mark.parametrize("most", [2**22, 0])
+@pytest.mark.parametrize("kind", STEPS)
+def test_steps_and_lanes_of_a_loop_are_independent(kind, most, monkeypatch):
+    """Also where each step draws its own noise because all of it would not fit."""
+    monkeypatch.setattr(_sources, "_MOST_AHEAD", most)
+    program = ppl.model(lambda: jax.lax.scan(lambda c, _: (c, STEPS[kind]()), 0.0, length=4)[1])()
+    mean, variance = {"noise": (0.0, 1.0), "key": (1.0, 1.0), "inner": (0.0, 2.0)}[kind]
+
+    def products(key: Any, n: int) -> Any:
+        x = _jax.over_lanes(lambda key: program.simulate(key).retval, n)(key) - mean
+        return jnp.concatenate([x[:, :, None] * x[:, None, :], x[:, :, None] * jnp.roll(x, 1, 0)[:, None, :]], axis=1)
+
+    two_stage_z(products, np.concatenate([variance * np.eye(4), np.zeros((4, 4))]), KEY, 20_000)
 
 
 def test_one_random_call_for_each_other_site():
@@ -137,7 +170,11 @@ def numbers(key: Any, n: int, dtype: str) -> Any:
     requests = [
         _noise.Request(2**31 + i, kind, size) for i, (kind, size) in enumerate([("normal", 3), ("uniform", 2)] * 2)
     ]
-    own = lambda key: [pool[row] for pool, row in _noise.noise(key, requests, dtype)]  # noqa: E731
+
+    def own(key: Any) -> Any:
+        pools = _noise.noise(key, requests, dtype)
+        return [pools[number][row] for number, row in _noise.places(requests)]
+
     drawn = _jax.over_lanes(own, n)(key)
     return jnp.concatenate([jax.scipy.stats.norm.cdf(a) if a.shape[1] == 3 else a for a in drawn], axis=1)
 
