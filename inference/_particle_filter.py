@@ -27,7 +27,7 @@ from expectax.ppl._visitors import generating
 
 from ._particles import Particles
 from ._resample import Method, resample
-from ._weights import effective_sample_size, log_mean_exp
+from ._weights import effective_sample_size, log_mean_exp, normalized_weights
 
 
 class Filtered(eqx.Module):
@@ -57,12 +57,12 @@ class Filtered(eqx.Module):
 
     def mean(self) -> Any:
         """Return the filtering mean $E[x_t | y_{1:t}]$ of every scanned latent, time first."""
-        weights = jax.nn.softmax(self.log_weights, axis=1)
+        weights = jax.vmap(normalized_weights)(self.log_weights)
         return jax.tree.map(lambda v: jnp.einsum("tn,tn...->t...", weights, v), self.choices)
 
     def sd(self) -> Any:
         """Return the filtering standard deviation of every scanned latent, time first."""
-        weights = jax.nn.softmax(self.log_weights, axis=1)
+        weights = jax.vmap(normalized_weights)(self.log_weights)
         return jax.tree.map(
             lambda v, m: jnp.sqrt(jnp.einsum("tn,tn...->t...", weights, (v - m[:, None]) ** 2)),
             self.choices,

@@ -1,7 +1,7 @@
 """Defects that were measured in other probabilistic languages, each as a test of this one with an exact answer.
 
-The sections are those of the team's notes: G1, G2 are sections 1 and 2 of the notes on GenJAX 1.0, U2 is section 2 of
-the notes on what users of JAX's languages suffer from (with the number of the pain). See also `test_peer_defects`.
+G1 (what is offered) and G2 (bugs) mark what was measured on GenJAX 1.0.x; U2, with a number, what users of JAX's
+languages report. See also `test_peer_defects`.
 """
 
 import functools
