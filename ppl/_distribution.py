@@ -112,6 +112,10 @@ _ELEMENTWISE = (
 _PARAMETERS: dict[type, tuple[str, ...]] = {
     getattr(dist, name): tuple(getattr(dist, name).arg_constraints) for name in _ELEMENTWISE if hasattr(dist, name)
 }
+ELEMENTWISE = frozenset(_PARAMETERS)
+"""Distributions of numbers whose parameters have the batch shape, up to broadcasting."""
+CATEGORICAL = frozenset({dist.CategoricalProbs, dist.CategoricalLogits})
+"""Distributions with one parameter, whose last axis is that of the categories."""
 _PARAMETERS |= {
     dist.MultivariateNormal: ("loc", "scale_tril"),
     dist.Dirichlet: ("concentration",),

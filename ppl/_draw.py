@@ -37,17 +37,20 @@ def draw(key: jax.Array, structure: Any, lanes: tuple[Lane, ...], leaves: Any) -
 
 def structure_type(structure: Any, lanes: tuple[Lane, ...], leaves: Any) -> jax.ShapeDtypeStruct:
     """Return shape (lanes first) and dtype of a draw."""
-    types = [type_of(leaf) for leaf in leaves]
-    for lane in reversed(lanes):
-        types = [_without(t, d) for t, d in zip(types, lane.dims, strict=True)]
-    one = draw_type(structure, types)
+    one = draw_type(structure, lane_types(lanes, [type_of(leaf) for leaf in leaves]))
     return jax.ShapeDtypeStruct(lane_shape(lanes) + one.shape, one.dtype)
 
 
-def _without(t: jax.ShapeDtypeStruct, dim: int | None) -> jax.ShapeDtypeStruct:
-    if dim is None:
-        return t
-    return jax.ShapeDtypeStruct(t.shape[:dim] + t.shape[dim + 1 :], t.dtype, weak_type=t.weak_type)
+def lane_types(lanes: tuple[Lane, ...], types: list[Any]) -> list[jax.ShapeDtypeStruct]:
+    """Return the parameters' types in one lane."""
+    for lane in reversed(lanes):
+        types = [_without(t, d) for t, d in zip(types, lane.dims, strict=True)]
+    return types
+
+
+def _without(t: Any, dim: int | None) -> jax.ShapeDtypeStruct:
+    shape = t.shape if dim is None else t.shape[:dim] + t.shape[dim + 1 :]
+    return jax.ShapeDtypeStruct(shape, t.dtype, weak_type=t.weak_type)
 
 
 def fused_sample(key: jax.Array, structure: Any, lanes: tuple[Lane, ...], leaves: Any) -> jax.Array:

@@ -4,22 +4,33 @@ A *score* is the log density of a score-function site, one number per independen
 steps, lanes and batch elements. For every value we keep, per score, the axis of the value along which each score axis
 runs, or None where the value mixes that axis. A cost that depends on lane `i` only is then multiplied by the box of
 lane `i` only: $\exp(\tau_i - \text{sg}\,\tau_i)$. Flow rules are per primitive; a primitive without a rule mixes.
+Inside the body of a loop (`_flow_scan`) an axis of steps is -1 for the present step, -2 for that of the loop around.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import _jax
 
-Axes = tuple[int | None, ...]
+
+class Causal(NamedTuple):
+    """An axis of steps where index `t` depends on the scores up to `t` (from `t` on, if `reverse`)."""
+
+    axis: int
+    reverse: bool
+
+
+Axes = tuple[Any, ...]
+"""For each axis of a score the value's axis that follows it: a number, a `Causal` one, or None (mixed)."""
+
 Dependence = dict[int, Axes]
 """Score number -> for each axis of the score, the value's axis that follows it (None: mixed)."""
 
 _ELEMENTWISE = set(
     "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos "
-    "cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p "
+    "cosh digamma div eq erf erf_inv erfc exp exp2 expectation expm1 floor ge gt integer_pow is_finite le lgamma log log1p "
     "logistic lt max min mul name ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh "
     "sqrt square stop_gradient sub tan tanh xor".split()
 )
@@ -31,36 +42,60 @@ def merge(a: Dependence, b: Dependence) -> Dependence:
     merged = dict(a)
     for score, axes in b.items():
         mine = merged.get(score, axes)
-        merged[score] = tuple(x if x == y else None for x, y in zip(mine, axes, strict=True))
+        merged[score] = tuple(_agreed(x, y) for x, y in zip(mine, axes, strict=True))
     return merged
+
+
+def _agreed(x: int | Causal | None, y: int | Causal | None) -> int | Causal | None:
+    if x == y:
+        return x
+    if isinstance(x, int) and isinstance(y, Causal):
+        x, y = y, x
+    return x if isinstance(x, Causal) and x.axis == y else None
 
 
 def moved(dependence: Dependence, move: Callable[[int], int | None]) -> Dependence:
     """Return the dependence after each axis `a` of the value went to `move(a)` (None: mixed)."""
-    return {score: tuple(None if axis is None else move(axis) for axis in axes) for score, axes in dependence.items()}
+    return {score: tuple(_moved(axis, move) for axis in axes) for score, axes in dependence.items()}
+
+
+def _moved(axis: int | Causal | None, move: Callable[[int], int | None]) -> int | Causal | None:
+    if isinstance(axis, Causal):
+        to = _moved(axis.axis, move)
+        return Causal(to, axis.reverse) if isinstance(to, int) else None
+    return axis if axis is None or axis < 0 else move(axis)
 
 
 def mixed(dependence: Dependence) -> Dependence:
     """Return the dependence with every axis mixed."""
-    return moved(dependence, lambda axis: None)
+    return {score: (None,) * len(axes) for score, axes in dependence.items()}
 
 
-def flow(eqn: Any, inputs: list[Dependence]) -> list[Dependence]:
-    """Return the dependence of each output of an equation."""
+def flow(eqn: Any, inputs: list[Dependence], loops: bool = False) -> list[Dependence]:
+    """Return the dependence of each output of an equation; without `loops` a scan mixes everything."""
     if not any(inputs):
         return [{} for _ in eqn.outvars]
     inner = _jax.custom_jaxpr(eqn)
     inner = _jax.called_jaxpr(eqn) if inner is None else inner
     if inner is not None:
-        return _through(inner, inputs)
+        return through(inner, inputs, lambda eqn, inputs: flow(eqn, inputs, loops))
+    if loops and eqn.primitive in _jax.SCAN:
+        from ._flow_scan import flow_scan
+
+        return flow_scan(eqn, inputs, lambda eqn, inputs: flow(eqn, inputs, loops))
     return [_flow_to(eqn, var.aval.shape, inputs) for var in eqn.outvars]
 
 
-def _through(jaxpr: Any, inputs: list[Dependence]) -> list[Dependence]:
+Rule = Callable[[Any, list[Dependence]], list[Dependence]]
+"""What an equation makes of its inputs' dependences."""
+
+
+def through(jaxpr: Any, inputs: list[Dependence], rule: Rule) -> list[Dependence]:
+    """Return the dependence of each output of a jaxpr, `rule` being that of its equations."""
     opened = _jax.close(jaxpr)[0]
     known: dict[Any, Dependence] = dict(zip(opened.invars, inputs, strict=True))
     for eqn in opened.eqns:
-        known.update(zip(eqn.outvars, flow(eqn, [of(known, v) for v in eqn.invars]), strict=True))
+        known.update(zip(eqn.outvars, rule(eqn, [of(known, v) for v in eqn.invars]), strict=True))
     return [of(known, v) for v in opened.outvars]
 
 

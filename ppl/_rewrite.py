@@ -39,9 +39,9 @@ class Place(NamedTuple):
 
     def bind(self, address: str | None = None, distribution: Any = None, **extras: Any) -> Any:
         """Bind the site again; what is not changed stays, an extra that is None goes."""
-        kept = {"observed": self.site.observed, **self.extras, **extras}
+        kept = {"observed": self.site.observed, "gradient": self.site.gradient, **self.extras, **extras}
         d = self.distribution if distribution is None else distribution
-        return bind_site(address or self.address, d, self.site.where, gradient=self.site.gradient, **kept)
+        return bind_site(address or self.address, d, self.site.where, **kept)
 
 
 Rule = Callable[[Place], Any]

@@ -26,7 +26,8 @@ class Site:
     """The static part of a sample site; `shape` and `dtype` are those of one lane's value.
 
     Its operands are the distribution's leaves and then one each for `extras`: a `"value"` that is fixed by the
-    program, a `"mask"` and a `"scale"` of the log density, both of the batch shape or scalar.
+    program, a `"mask"` and a `"scale"` of the log density, and the `"baseline"` of its gradient strategy, all three of
+    the batch shape or scalar.
     """
 
     address: str
@@ -94,7 +95,11 @@ class Site:
         lanes = tuple(Lane(lane.size, lane.dims[:count]) for lane in self.lanes)
         site = dataclasses.replace(self, lanes=lanes, extras=())
         aligned = dict(zip(self.extras, align(self.lanes, operands)[count:], strict=True))
-        return site, list(operands[:count]), {name: self._spread(name, x) for name, x in aligned.items()}
+        extras = {name: self._spread(name, x) for name, x in aligned.items()}
+        if "baseline" in extras:
+            strategy = dataclasses.replace(self.gradient, baseline=extras.pop("baseline"))
+            site = dataclasses.replace(site, gradient=strategy)
+        return site, list(operands[:count]), extras
 
     def _spread(self, name: str, x: Array) -> Array:
         """Return an extra with the axes of the value, or of the elements, of size 1 where it is constant."""
@@ -115,8 +120,8 @@ def sample(address: str, distribution: Any, *, gradient: Any = None) -> Any:
         address: a non-empty string without `/`, unique within its model (or nested model).
         distribution: a `numpyro` distribution, whose log density is summed over its batch shape; or a bound model
             (`submodel(args)`), whose choices are then nested under the address.
-        gradient: the gradient strategy for this site in an objective (`vi.Reparam()`, `vi.Reinforce()`, `vi.Enum()`);
-            by default the best one that the distribution allows. It never changes the distribution.
+        gradient: the gradient strategy for this site in an objective (`vi.Reparam()`, `vi.Reinforce()`, `vi.Enum()`,
+            ...); by default the best one that the distribution allows. It never changes the distribution.
 
     Returns:
         The value, of shape `batch_shape + event_shape`; for a bound model, what the model returns.
@@ -154,9 +159,12 @@ def bind_site(
     value: Any = None,
     mask: Any = None,
     scale: Any = None,
+    baseline: Any = None,
     observed: bool = True,
 ) -> Array:
-    """Bind the primitive of one site; `value`, `mask` and `scale` are optional operands."""
+    """Bind the primitive of one site; `value`, `mask`, `scale` and `baseline` are optional operands."""
+    if baseline is None:
+        gradient, baseline = apart(gradient)
     d = as_distribution(distribution, address, where)
     leaves, structure = flatten(d)
     one = draw_type(structure, leaves)
@@ -165,21 +173,21 @@ def bind_site(
             f"site {address!r} at {where}: a draw of {type(d).__name__} has shape {one.shape}, not batch_shape + event_shape "
             f"= {tuple(d.shape())}. Mend the distribution's sample."
         )
-    given = {"value": value, "mask": mask, "scale": scale}
+    given = {"value": value, "mask": mask, "scale": scale, "baseline": baseline}
     extras = {name: jnp.asarray(x) for name, x in given.items() if x is not None}
     site = Site(
         address,
         structure,
         (),
         one.shape,
-        jnp.dtype(one.dtype),
+        jnp.result_type(float) if getattr(gradient, "relaxed", False) else jnp.dtype(one.dtype),
         gradient,
         tuple(extras),
         observed,
         where,
         known_support(d),
     )
-    for name in ("mask", "scale"):
+    for name in ("mask", "scale", "baseline"):
         if name in extras and extras[name].shape not in ((), tuple(d.batch_shape)):
             raise ShapeError(
                 f"site {address!r} at {where}: a {name} has the batch shape {tuple(d.batch_shape)} or is scalar, got "
@@ -196,19 +204,41 @@ def check_address(address: Any, where: str) -> None:
 
 def rebind(site: Site, operands: Any) -> Array:
     """Leave the site to the program that encloses the present one."""
+    if is_array(getattr(site.gradient, "baseline", None)):
+        site, operands = _with_extras(site, operands, {})
     return sample_p.bind(*operands, site=site)
 
 
 def with_mask(site: Site, operands: Any, mask: Array) -> tuple[Site, list[Any]]:
     """Return the site and its operands with one more mask, whose axes are the site's outermost lanes."""
     bare, leaves, extras = site.split(operands)
-    elements = bare.element_shape
-    mask = jnp.reshape(mask, jnp.shape(mask) + (1,) * (len(elements) - jnp.ndim(mask)))
+    mask = jnp.reshape(mask, jnp.shape(mask) + (1,) * (len(bare.element_shape) - jnp.ndim(mask)))
     extras["mask"] = mask & extras["mask"] if "mask" in extras else mask
-    shapes = {"value": bare.value_shape, "mask": elements, "scale": elements}
+    return _with_extras(bare, leaves, extras)
+
+
+def _with_extras(bare: Site, leaves: Any, extras: dict[str, Array]) -> tuple[Site, list[Any]]:
+    """Put extras, with all lanes in front, among the operands of a site that has none."""
+    strategy, baseline = apart(bare.gradient)
+    extras = extras if baseline is None else {**extras, "baseline": baseline}
+    shapes = {name: bare.value_shape if name == "value" else bare.element_shape for name in extras}
     whole = [jnp.broadcast_to(x, shapes[name]) for name, x in extras.items()]
     lanes = tuple(Lane(lane.size, (*lane.dims, *(0 for _ in whole))) for lane in bare.lanes)
-    return dataclasses.replace(bare, lanes=lanes, extras=tuple(extras)), [*leaves, *whole]
+    site = dataclasses.replace(bare, lanes=lanes, extras=tuple(extras), gradient=strategy)
+    return site, [*leaves, *whole]
+
+
+def apart(strategy: Any) -> tuple[Any, Array | None]:
+    """Take an array that a strategy has for a baseline out of it: sites are static, arrays are operands."""
+    baseline = getattr(strategy, "baseline", None)
+    if not is_array(baseline):
+        return strategy, None
+    return dataclasses.replace(strategy, baseline="operand"), jnp.asarray(baseline)
+
+
+def is_array(value: Any) -> bool:
+    """Tell arrays from numbers, names and None."""
+    return hasattr(value, "dtype") and hasattr(value, "shape")
 
 
 def _abstract(*_: Any, site: Site) -> Any:

@@ -43,8 +43,10 @@ class Drawn(NamedTuple):
     keys: Any
 
 
-def planned(equations: Any, wanted: Wanted = lambda site: True) -> Plan:
+def planned(equations: Any, wanted: Wanted = lambda site: True, keyed: Wanted = lambda site: False) -> Plan:
     """Plan the randomness of some equations; a site that is not `wanted` (its value is given) gets none.
+
+    Sites that are `keyed` get a key of their own, whatever their distribution.
 
     A source is made of the address (and, in objectives, of how often the address came before), so that adding a site
     leaves the draws of the others alone.
@@ -53,7 +55,7 @@ def planned(equations: Any, wanted: Wanted = lambda site: True) -> Plan:
     codes: set[int] = set()
     items = [(i, *item) for i, eqn in enumerate(equations) for item in _items([eqn], counts, codes)]
     drawn = [n for n, (_, site, _) in enumerate(items) if site is None or (not site.fixed and wanted(site))]
-    pooled = [n for n in drawn if (site := items[n][1]) is not None and _pools(site)]
+    pooled = [n for n in drawn if (site := items[n][1]) is not None and _pools(site) and not keyed(site)]
     return Plan(items, pooled, sorted(set(drawn) - set(pooled)), len(equations))
 
 

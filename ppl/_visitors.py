@@ -23,7 +23,7 @@ def draw_site(site: Site, leaves: Any, source: Any) -> Array:
     """Draw the value of a site, all lanes at once, from pooled noise or a key."""
     if not isinstance(source, Noise):
         try:
-            return draw(source, site.structure, site.lanes, leaves)
+            return draw(source, site.structure, site.lanes, leaves).astype(site.dtype)
         except NotImplementedError as error:
             name = type(site.distribution(leaves)).__name__
             raise DistributionError(

@@ -1,26 +1,22 @@
-"""The shipped objectives, each written in the objective language."""
+"""The two lower bounds that most users want, each written in the objective language."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from expectax.ppl import Posterior, Program, _jax
-from expectax.ppl._match import check_guide
-
 from ._objective import Objective, log_density, simulate
+from ._shared import Guide, Target, check_particles, check_target, matched
 
-Guide = Callable[[Any], Program]
 
-
-def elbo(posterior: Posterior, guide: Guide) -> Objective:
+def elbo(posterior: Target, guide: Guide) -> Objective:
     r"""The evidence lower bound $E_{q_\phi}[\log p(z, y) - \log q_\phi(z)] \le \log p(y)$.
 
     Args:
-        posterior: the target, `program.given(observations)`.
+        posterior: the target, `program.given(observations)`; or, to learn the model too, a function of the parameters
+            that returns it: `lambda params: model(params).given(observations)`.
         guide: a model of the parameters, with exactly the posterior's latents as sites.
 
     Returns:
@@ -45,21 +41,21 @@ def elbo(posterior: Posterior, guide: Guide) -> Objective:
         >>> round(float(vi.estimate(bound, 0.5, jax.random.key(0)).mean), 3)  # tight: the guide is the posterior
         -1.516
     """
-    _check_posterior(posterior)
+    check_target(posterior)
     return Objective(_elbo, (posterior, guide))
 
 
-def _elbo(posterior: Posterior, guide: Guide, params: Any) -> Any:
-    check_guide(guide(params), posterior, _jax.caller())
+def _elbo(posterior: Target, guide: Guide, params: Any) -> Any:
+    target = matched(posterior, guide, params)
     z, log_q = simulate(guide(params))
-    return log_density(posterior, z) - log_q
+    return log_density(target, z) - log_q
 
 
-def iwelbo(posterior: Posterior, guide: Guide, num_particles: int) -> Objective:
+def iwelbo(posterior: Target, guide: Guide, num_particles: int) -> Objective:
     r"""The importance-weighted bound $E\left[\log \frac1n \sum_{i=1}^n p(z_i, y) / q_\phi(z_i)\right] \le \log p(y)$.
 
     Args:
-        posterior: the target.
+        posterior: the target, or a function of the parameters that returns it.
         guide: a model of the parameters, with exactly the posterior's latents as sites.
         num_particles: $n$; with 1 it is the ELBO, and it grows towards the log evidence with $n$.
 
@@ -74,23 +70,17 @@ def iwelbo(posterior: Posterior, guide: Guide, num_particles: int) -> Objective:
 
     Example: see `vi.elbo`, with `vi.iwelbo(posterior, guide, 5)` in its place.
     """
-    _check_posterior(posterior)
-    if num_particles < 1:
-        raise ValueError(f"iwelbo needs num_particles >= 1, got {num_particles}.")
+    check_target(posterior)
+    check_particles("iwelbo", num_particles)
     return Objective(_iwelbo, (posterior, guide, num_particles))
 
 
-def _iwelbo(posterior: Posterior, guide: Guide, num_particles: int, params: Any) -> Any:
-    check_guide(guide(params), posterior, _jax.caller())
+def _iwelbo(posterior: Target, guide: Guide, num_particles: int, params: Any) -> Any:
+    target = matched(posterior, guide, params)
 
     def particle(_: Any) -> Any:
         z, log_q = simulate(guide(params))
-        return log_density(posterior, z) - log_q
+        return log_density(target, z) - log_q
 
     log_weights = jax.vmap(particle)(jnp.arange(num_particles))
     return jax.nn.logsumexp(log_weights) - jnp.log(num_particles)
-
-
-def _check_posterior(posterior: Any) -> None:
-    if not isinstance(posterior, Posterior):
-        raise TypeError(f"expected a posterior, model(args).given(observations), got {type(posterior).__name__}.")

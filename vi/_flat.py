@@ -1,12 +1,13 @@
 """An objective as one flat list of equations, with a strategy chosen for each site.
 
 Calls that only wrap (`jit`, `checkpoint`, nested models) are written out, so that the additive structure of the
-objective is in view. A scan with an `Enum` site is unrolled; other scans stay.
+objective is in view. A scan with a site that is enumerated jointly is unrolled; other scans stay.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,48 +16,62 @@ import jax.numpy as jnp
 from expectax.ppl import _jax
 from expectax.ppl._branch import branches_of, clamped, guarded, select
 from expectax.ppl._errors import ControlFlowError
+from expectax.ppl._masked import expand
 from expectax.ppl._nesting import scope_address
 from expectax.ppl._observe import deterministic_p
 from expectax.ppl._sample import Site, rebind, sample_p, with_mask
 from expectax.ppl._table import unfollowable
 
-from ._strategy import Enum, joint_size, resolve
+from ._cost import cost_p
+from ._expectation import check_linear
+from ._layout import Layout
+from ._resolve import resolve
 
 
 class _Flattener:
-    """Rewrites a jaxpr; remembers how many joint values have been enumerated so far."""
+    """Rewrites a jaxpr; loops that hold a site of `unrolled` are written out step by step."""
 
-    def __init__(self) -> None:
-        self.enumerated = 1
+    def __init__(self, unrolled: frozenset[str]) -> None:
+        self.unrolled = unrolled
+        self.costs: list[Any] = []
+        self.reasons: dict[str, str] = {}
 
-    def run(self, jaxpr: Any, args: Any, scope: str, repeats: int = 1, mask: Any = None) -> list[Any]:
+    def objective(self, jaxpr: Any, args: Any) -> list[Any]:
+        """Return the outputs of an objective: the first is its value, with the costs that were added on the way."""
+        value, *others = self.run(jaxpr, args, "")
+        return [sum((jnp.sum(cost) for cost in self.costs), value), *others]
+
+    def run(self, jaxpr: Any, args: Any, scope: str, mask: Any = None) -> list[Any]:
         """Re-bind every equation of a jaxpr, calls written out; `mask` tells in which outermost lanes it counts."""
         env = _jax.Environment.of(jaxpr, args)
         opened = _jax.close(jaxpr)[0]
         for eqn in opened.eqns:
             values = [env.read(v) for v in eqn.invars]
-            env.update(zip(eqn.outvars, self._equation(eqn, values, scope, repeats, mask), strict=True))
+            env.update(zip(eqn.outvars, self._equation(eqn, values, scope, mask), strict=True))
         return [env.read(v) for v in opened.outvars]
 
-    def _equation(self, eqn: Any, values: list[Any], scope: str, repeats: int, mask: Any) -> list[Any]:
+    def _equation(self, eqn: Any, values: list[Any], scope: str, mask: Any) -> list[Any]:
         if eqn.primitive is sample_p:
-            return [self._site(eqn.params["site"], values, scope, repeats, mask)]
+            return [self._site(eqn.params["site"], values, scope, mask)]
         if eqn.primitive is deterministic_p:
             return values
+        if eqn.primitive is cost_p:
+            self.costs.append(values[0] if mask is None else jnp.where(expand(mask, values[0]), values[0], 0.0))
+            return values
         inner = _jax.called_jaxpr(eqn)
-        sites = _jax.holds(eqn, sample_p)
+        sites = _jax.holds(eqn, sample_p, cost_p)
         if inner is not None and (sites or eqn.primitive in _jax.JIT):
             address = scope_address(eqn)
-            return self.run(inner, values, scope if address is None else f"{scope}{address}/", repeats, mask)
+            return self.run(inner, values, scope if address is None else f"{scope}{address}/", mask)
         if not sites:
             return _jax.bind(eqn, values)
         if eqn.primitive in _jax.SCAN:
-            return self._scan(eqn, values, scope, repeats, mask)
+            return self._scan(eqn, values, scope, mask)
         if (branches := branches_of(eqn)) is not None:
-            return self._branches(branches, values, scope, repeats, mask)
+            return self._branches(branches, values, scope, mask)
         raise unfollowable(eqn)
 
-    def _branches(self, branches: Any, values: list[Any], scope: str, repeats: int, mask: Any) -> list[Any]:
+    def _branches(self, branches: Any, values: list[Any], scope: str, mask: Any) -> list[Any]:
         """Write out all branches, their sites masked where the branch is not taken."""
         index, operands = clamped(values[0], len(branches)), values[1:]
         results = []
@@ -64,10 +79,10 @@ class _Flattener:
             taken = index == number
             if mask is not None:
                 taken = taken & jnp.reshape(mask, jnp.shape(mask) + (1,) * (jnp.ndim(taken) - jnp.ndim(mask)))
-            results.append(self.run(branch, guarded(taken, operands), scope, repeats, taken))
+            results.append(self.run(branch, guarded(taken, operands), scope, taken))
         return [select(index, list(cases)) for cases in zip(*results, strict=True)]
 
-    def _site(self, site: Site, operands: list[Any], scope: str, repeats: int, mask: Any) -> Any:
+    def _site(self, site: Site, operands: list[Any], scope: str, mask: Any) -> Any:
         if site.fixed:
             raise ControlFlowError(
                 f"site {site.address!r} at {site.where} is observed inside an objective, which has no density of its "
@@ -76,30 +91,31 @@ class _Flattener:
         if mask is not None:
             site, operands = with_mask(site, operands, mask)
         bare, leaves, _ = site.split(operands)
-        strategy = resolve(bare, leaves, self.enumerated, repeats)
-        if isinstance(strategy, Enum):
-            self.enumerated *= joint_size(bare, leaves, repeats) or 1
+        strategy, self.reasons[scope + site.address] = resolve(bare, leaves)
+        if "baseline" in site.extras:
+            strategy = site.gradient
         return rebind(dataclasses.replace(site, address=scope + site.address, gradient=strategy), operands)
 
-    def _scan(self, eqn: Any, values: list[Any], scope: str, repeats: int, mask: Any) -> list[Any]:
-        """Choose the strategies of a scan's sites; write the scan out if one of them is `Enum`."""
-        length, (num_consts, num_carry) = eqn.params["length"], _jax.scan_sizes(eqn)
+    def _scan(self, eqn: Any, values: list[Any], scope: str, mask: Any) -> list[Any]:
+        """Choose the strategies of a scan's sites."""
+        params, (num_consts, num_carry) = eqn.params, _jax.scan_sizes(eqn)
         consts, carry, xs = _cut(values, num_consts, num_carry)
-        before = self.enumerated
+        length, reverse = params["length"], params["reverse"]
 
         def step(carry: Any, x: Any) -> Any:
-            self.enumerated = before
-            out = self.run(eqn.params["jaxpr"], [*consts, *carry, *x], scope, repeats * length, mask)
-            return out[:num_carry], out[num_carry:]
+            before, self.costs = self.costs, []
+            out = self.run(params["jaxpr"], [*consts, *carry, *x], scope, mask)
+            costs, self.costs = self.costs, before
+            return out[:num_carry], (out[num_carry:], costs)
 
-        if not _enumerates(jax.make_jaxpr(step)(carry, [x[0] for x in xs]) if length else None):
-            carry, ys = jax.lax.scan(
-                step, carry, xs, length=length, reverse=eqn.params["reverse"], unroll=eqn.params["unroll"]
-            )
+        if self.unrolled.isdisjoint(_paths(params["jaxpr"], scope)):
+            carry, (ys, costs) = jax.lax.scan(step, carry, xs, length=length, reverse=reverse, unroll=params["unroll"])
+            self.costs += costs
             return [*carry, *ys]
         outputs: dict[int, Any] = {}
-        for t in reversed(range(length)) if eqn.params["reverse"] else range(length):
-            carry, outputs[t] = step(carry, [x[t] for x in xs])
+        for t in reversed(range(length)) if reverse else range(length):
+            carry, (outputs[t], costs) = step(carry, [x[t] for x in xs])
+            self.costs += costs
         ys = [jnp.stack([outputs[t][j] for t in range(length)]) for j in range(len(outputs[0]))]
         return [*carry, *ys]
 
@@ -109,18 +125,29 @@ def _cut(values: list[Any], num_consts: int, num_carry: int) -> tuple[list[Any],
     return values[:num_consts], values[num_consts:cut], values[cut:]
 
 
-def _enumerates(jaxpr: Any) -> bool:
-    """Tell whether an `Enum` site stands in a jaxpr."""
-    if jaxpr is None:
-        return False
+def _paths(jaxpr: Any, scope: str) -> Iterator[str]:
+    """Yield the paths of the sites in a jaxpr."""
     for eqn in _jax.close(jaxpr)[0].eqns:
-        if eqn.primitive is sample_p and isinstance(eqn.params["site"].gradient, Enum):
-            return True
-        if any(_enumerates(inner) for inner in _jax.sub_jaxprs(eqn)):
-            return True
-    return False
+        if eqn.primitive is sample_p:
+            yield scope + eqn.params["site"].address
+        address = scope_address(eqn)
+        for inner in _jax.sub_jaxprs(eqn):
+            yield from _paths(inner, scope if address is None else f"{scope}{address}/")
 
 
-def flatten(jaxpr: Any, args: Any) -> Any:
-    """Return a closed jaxpr like `jaxpr`, flat, with a strategy at every site."""
-    return jax.make_jaxpr(lambda *xs: _Flattener().run(jaxpr, xs, ""))(*args)
+def flatten(jaxpr: Any, args: Any, unrolled: frozenset[str] = frozenset()) -> tuple[Any, dict[str, str]]:
+    """Return a closed jaxpr like `jaxpr`, flat, with a strategy at every site, and why by path."""
+    flattener = _Flattener(unrolled)
+    return jax.make_jaxpr(lambda *xs: flattener.objective(jaxpr, xs))(*args), flattener.reasons
+
+
+def planned(jaxpr: Any, args: Any) -> tuple[Any, Layout]:
+    """Return a flat jaxpr with its layout, loops with sites that are enumerated jointly written out."""
+    flat, reasons = flatten(jaxpr, args)
+    check_linear(flat.jaxpr)
+    layout = Layout(flat.jaxpr, reasons)
+    jointly = frozenset(c.site.address for c in layout.choices if c.loops and c.mode == "jointly")
+    if not jointly:
+        return flat, layout
+    flat, reasons = flatten(jaxpr, args, jointly)
+    return flat, Layout(flat.jaxpr, reasons)

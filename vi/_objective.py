@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -12,16 +12,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from expectax.ppl import Posterior, Program, ShapeError, _jax
+from expectax.ppl import AddressError, Posterior, Program, ShapeError, StrategyError, _jax
 from expectax.ppl._compile import compiled
+from expectax.ppl._errors import nearest
 from expectax.ppl._staging import as_data, check_key
 
 from ._boxes import Samples
-from ._flat import flatten
+from ._flat import planned
+from ._layout import Layout
+from ._strategy import biased
 from ._surrogate import Check, surrogate
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["captured"], meta_fields=["function"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["captured"], meta_fields=["function", "allow"])
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Objective:
     r"""A scalar program $f(\theta)$ whose expectation over its random choices is to be maximised.
@@ -31,10 +34,32 @@ class Objective:
     Attributes:
         function: called as `function(*captured, params)`.
         captured: data that the objective carries (posteriors, guides), so that new data costs no compilation.
+        allow: paths of sites whose gradients may be biased, see `allowing`.
     """
 
     function: Callable[..., Any]
     captured: tuple[Any, ...] = ()
+    allow: frozenset[str] = frozenset()
+
+    def allowing(self, *addresses: str) -> Objective:
+        """Return the objective with biased or unchecked gradients allowed at some sites.
+
+        Args:
+            addresses: paths of sites with a biased strategy, or that the soundness check refuses.
+
+        Raises:
+            AddressError: at first use, if the objective has no such site (the nearest is named).
+
+        Example:
+            >>> import expectax as ex
+            >>> from expectax import dist, vi
+            >>> @vi.objective
+            ... def flip(p):
+            ...     return ex.sample("b", dist.Bernoulli(p), gradient=vi.StraightThrough()) * 2.0
+            >>> sorted(flip.allowing("b").allow)
+            ['b']
+        """
+        return dataclasses.replace(self, allow=self.allow | frozenset(addresses))
 
     def __call__(self, params: Any) -> Any:
         """Run the objective inside another one: its choices become choices of the outer objective."""
@@ -65,16 +90,16 @@ class Objective:
             2.0
         """
         check_key(key)
-        jaxpr, leaves = self._staged(params)
+        staged = self._staged(params)
         if num_samples == 1:
-            return surrogate(jaxpr, leaves, key)
+            return staged.surrogate(key)
 
         def one(name: Any, key: Any) -> Any:
-            return surrogate(jaxpr, leaves, key, Samples(name, num_samples))
+            return staged.surrogate(key, Samples(name, num_samples))
 
         return jnp.mean(_jax.over_lanes(one, num_samples, mean_axis=True)(key))
 
-    def _staged(self, params: Any) -> tuple[Any, list[Any]]:
+    def _staged(self, params: Any) -> Staged:
         dynamic, static = eqx.partition((self.captured, as_data(params)), eqx.is_array)
         leaves, structure = jax.tree.flatten(dynamic)
 
@@ -87,7 +112,9 @@ class Objective:
                 raise ShapeError(f"{self!r} must return a scalar, but returned shape {jnp.shape(value)}.")
             return jnp.asarray(value, jnp.result_type(float))
 
-        return flatten(jax.make_jaxpr(run)(*leaves), leaves), leaves
+        flat, layout = planned(jax.make_jaxpr(run)(*leaves), leaves)
+        check_allowed(layout, self.allow)
+        return Staged(layout, flat.consts, leaves)
 
     def __repr__(self) -> str:
         """Show the objective by its name and place."""
@@ -96,12 +123,26 @@ class Objective:
         return f"<objective {getattr(self.function, '__name__', '?')}{place}>"
 
 
-def objective(function: Callable[[Any], Any]) -> Objective:
+class Staged(NamedTuple):
+    """An objective at some parameters: its flat jaxpr's layout, the jaxpr's constants and arguments."""
+
+    layout: Layout
+    consts: Any
+    args: list[Any]
+
+    def surrogate(self, key: Any, samples: Samples | None = None, checks: list[Check] | None = None) -> Any:
+        """Run the estimator once."""
+        return surrogate(self.layout, self.consts, self.args, key, samples, checks)
+
+
+def objective(function: Callable[[Any], Any] | None = None, *, allow: Collection[str] = ()) -> Any:
     """Turn a scalar function of the parameters, with random choices, into an objective to maximise.
 
     Args:
         function: called with the parameters; inside, `vi.simulate(guide(params))`, `vi.log_density(posterior, z)`,
             `expectax.sample`, `jax.vmap` over particles and any JAX code. It returns a scalar.
+        allow: paths of sites whose gradients may be biased, as in `@vi.objective(allow={"b"})`; see
+            `Objective.allowing`.
 
     Returns:
         An `Objective`.
@@ -118,7 +159,24 @@ def objective(function: Callable[[Any], Any]) -> Objective:
         >>> gradient.shape
         ()
     """
-    return Objective(function)
+    if function is None:
+        return lambda function: objective(function, allow=allow)
+    if isinstance(allow, str):
+        raise TypeError(f'objective: allow is a set of addresses, such as {{"{allow}"}}, not a string.')
+    return Objective(function, allow=frozenset(allow))
+
+
+def check_allowed(layout: Layout, allow: frozenset[str]) -> None:
+    """Refuse biased strategies that are not allowed by name, and names that are no site."""
+    known = {choice.site.address for choice in layout.choices}
+    for address in sorted(allow - known):
+        raise AddressError(f"allow: the objective has no site {address!r}.{nearest(address, known)}")
+    for choice in layout.choices:
+        if biased(choice.strategy) and choice.site.address not in allow:
+            raise StrategyError(
+                f"{choice.place}: gradients by {choice.strategy!r} are biased. If that is wanted, allow it by name: "
+                f"objective.allowing({choice.site.address!r})."
+            )
 
 
 def simulate(program: Program) -> tuple[Any, Float[Array, ""]]:
@@ -236,8 +294,8 @@ def estimate(objective: Objective, params: Any, key: PRNGKeyArray, num_samples: 
 
 def _samples(objective: Objective, params: Any, key: Any, num_samples: int) -> Any:
     check_key(key)
-    jaxpr, leaves = objective._staged(params)
-    return _jax.over_lanes(lambda k: surrogate(jaxpr, leaves, k), num_samples)(key)
+    staged = objective._staged(params)
+    return _jax.over_lanes(lambda k: staged.surrogate(k), num_samples)(key)
 
 
 _compiled_samples = compiled(_samples)
@@ -251,11 +309,11 @@ def first_nonfinite(objective: Objective, params: Any, key: PRNGKeyArray, num_sa
 
 
 def _checks(objective: Objective, params: Any, key: Any, num_samples: int, names: Callable[[Any], None]) -> Any:
-    jaxpr, leaves = objective._staged(params)
+    staged = objective._staged(params)
 
     def one(key: Any) -> Any:
         checks: list[Check] = []
-        surrogate(jaxpr, leaves, key, checks=checks)
+        staged.surrogate(key, checks=checks)
         names([c.address for c in checks])
         return [c.finite for c in checks]
 

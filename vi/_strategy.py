@@ -1,29 +1,80 @@
-"""Gradient strategies: how the derivative of an expectation passes a random choice.
+r"""Gradient strategies: how the derivative of an expectation passes a random choice.
 
-A strategy belongs to a site, not to its distribution, and never changes what the program means.
+A strategy belongs to a site, not to its distribution, and never changes what the program means. All of them are of one
+form: a value $x$, a *score* that multiplies the costs of $x$, and *alternative* values $x_j$ with coefficients,
+
+$$\nabla_\theta E[f(x)] = E\Big[\nabla_\theta f(x(\theta)) + f(x) \nabla_\theta s + \sum_j f(x_j) \nabla_\theta c_j\Big].$$
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
-from expectax.ppl import StrategyError, _jax
-from expectax.ppl._finite import single_support
-from expectax.ppl._sample import Site
-from expectax.ppl._support import bounds_of
 
-MAX_ENUMERATED = 4096
-"""The most joint values that `Enum` sites of one objective may be enumerated over."""
+class Relaxation(NamedTuple):
+    """A differentiable value `free`, and one `bound` to the choice that was made, for a control variate of RELAX."""
 
-SMALL_SUPPORT = 64
-"""By default a site is enumerated only if its joint values are at most this many."""
+    free: Array
+    bound: Array
+    scale: Any
+
+
+class Draw(NamedTuple):
+    r"""What a strategy makes of one draw of a site.
+
+    Attributes:
+        value: the choice $x$, with the site's law; derivatives pass through it.
+        score: $s$, shape of the distribution's batch, or None: the costs that depend on $x$ are multiplied by
+            $\exp(s - \text{sg}\,s)$. Usually $\log p(x;\theta)$.
+        alternatives: pairs $(x_j, c_j)$: the gradient gains $\nabla c_j\, f(x_j)$, the rest of the program being run
+            again with $x_j$ and the same random numbers. $c_j$ has the shape of the batch.
+        relaxation: a control variate, see `vi.Rebar`.
+
+    Example: see `vi.Coupled`.
+    """
+
+    value: Any
+    score: Any = None
+    alternatives: Sequence[tuple[Any, Any]] = ()
+    relaxation: Relaxation | None = None
+
+
+@runtime_checkable
+class Coupled(Protocol):
+    r"""The protocol of a strategy of one's own: a frozen dataclass with this one method.
+
+    `couple(distribution, value, key)` sees one lane of a site: its distribution, a draw of it (without derivative) and
+    a key of its own. It returns a `vi.Draw`. Lanes, batches, loops, branches and credit are the toolkit's.
+
+    Class attributes that may be set: `joint = True` if all elements (lanes, batch) of a site may take an alternative
+    at once (by default one at a time, where a cost depends on several); `biased = True` if gradients are biased, which
+    then has to be allowed.
+
+    Example:
+        The weak derivative of a Poisson in its rate, $\partial_\lambda E f(x) = E[f(x + 1) - f(x)]$:
+
+        >>> import dataclasses, jax, expectax as ex
+        >>> from expectax import dist, vi
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Difference:
+        ...     def couple(self, distribution, value, key):
+        ...         rate = distribution.rate
+        ...         return vi.Draw(value, alternatives=[(value + 1, rate), (value, -rate)])
+        >>> @vi.objective
+        ... def square(rate):
+        ...     return ex.sample("k", dist.Poisson(rate), gradient=Difference()) ** 2.0
+        >>> gradient = jax.grad(square.surrogate)(3.0, jax.random.key(0), num_samples=4096)
+        >>> abs(float(gradient) - 7.0) < 0.2  # 2 rate + 1
+        True
+    """
+
+    def couple(self, distribution: Any, value: Any, key: PRNGKeyArray) -> Draw:
+        """Return the draw with what its gradient needs."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +82,9 @@ class Reparam:
     r"""Differentiate through the sampler: $x = g(\epsilon, \theta)$.
 
     The pathwise estimator (Kingma and Welling 2014), implicit for gamma, beta, Dirichlet and Student-t (Figurnov et
-    al. 2018). Needs a distribution whose sampler is differentiable in all its parameters, and a cost that is
-    continuous in the value.
+    al. 2018). A distribution without a differentiable sampler, but with a distribution function $F$, such as a mixture
+    of normals or von Mises, is differentiated by $\partial_\theta x = -\partial_\theta F(x;\theta) / p(x;\theta)$.
+    Needs a cost that is continuous in the value.
 
     Example:
         >>> from expectax import vi
@@ -50,23 +102,38 @@ class Reinforce:
 
     Attributes:
         baseline: `"leave-one-out"` subtracts the mean cost of the other samples (needs `num_samples > 1`, else nothing
-            is subtracted); a number subtracts that; None subtracts nothing. None of them biases the gradient.
+            is subtracted); a number or an array of the batch shape subtracts that; None subtracts nothing. None of
+            them biases the gradient. The array may come from a network that sees anything but the choice itself. Where
+            it depends on the parameters it is learned: its gradient is that of $-\frac12 (\text{cost} - b)^2$, so
+            that the same ascent fits it to the costs (a running mean, if it is a parameter by itself).
 
     Example:
-        >>> from expectax import vi
+        >>> import jax.numpy as jnp, expectax as ex
+        >>> from expectax import dist, vi
+        >>> @vi.objective
+        ... def square(params):
+        ...     flip = dist.Bernoulli(params["p"])
+        ...     return ex.sample("b", flip, gradient=vi.Reinforce(baseline=params["baseline"])) * 3.0
         >>> vi.Reinforce(baseline=None)
         Reinforce(baseline=None)
     """
 
-    baseline: Literal["leave-one-out"] | float | None = "leave-one-out"
+    baseline: Literal["leave-one-out"] | Array | float | None = "leave-one-out"
 
 
 @dataclasses.dataclass(frozen=True)
 class Enum:
     r"""Sum the rest of the program over the site's finite support: $\sum_i p(x_i;\theta)\, k(x_i)$.
 
-    No variance from this site. A value of probability exactly 0 is left out, with its derivative. Lanes, batch elements and scan steps are enumerated jointly (K values and n elements
-    cost $K^n$ runs, at most 4096 in one objective).
+    No variance from this site, in one of three ways, the first that applies (`vi.estimators` says which):
+
+    - *by lanes*: where every cost depends on one lane (or batch element) at a time, $K$ runs whatever their number;
+    - *jointly*: $K^n$ runs for $n$ elements (scan steps included), at most 4096 in one objective;
+    - *locally*: the choice is drawn, and each element is then replaced by each value in turn, all else being drawn
+      with the same random numbers: $\nabla E f = E \sum_e \sum_i \nabla p_e(x_i) f(x_e := x_i)$ (local expectation
+      gradients, Titsias and Lazaro-Gredilla 2015). $nK$ runs; first derivatives only.
+
+    A value of probability exactly 0 is left out, with its derivative.
 
     Example:
         >>> from expectax import vi
@@ -75,66 +142,15 @@ class Enum:
     """
 
 
-Strategy = Reparam | Reinforce | Enum
+Strategy = Any
+"""One of `Reparam`, `Reinforce`, `Enum`, or what satisfies `Coupled`."""
 
 
-def elements_of(site: Site, event: int) -> tuple[int, ...]:
-    """Return the shape of a site's independent elements: lanes and batch."""
-    return site.value_shape[: len(site.value_shape) - event]
+def pathwise(strategy: Strategy) -> bool:
+    """Tell whether all of a strategy's gradient goes through the value."""
+    return isinstance(strategy, Reparam) or bool(getattr(strategy, "pathwise", False))
 
 
-def joint_size(site: Site, leaves: Any, repeats: int = 1) -> int | None:
-    """Return how many joint values a site has over its lanes, batch and scan steps; None if they are not finite."""
-    single = single_support(site, leaves)
-    if single is None:
-        return None
-    count = math.prod(elements_of(site, single.ndim - 1)) * repeats
-    return len(single) ** count if count < 64 or len(single) == 1 else 2**64
-
-
-def joint_support(site: Site, leaves: Any) -> Array:
-    """Return all joint values of a site, shape `(runs, *value_shape)`."""
-    single = single_support(site, leaves)
-    assert single is not None
-    count = math.prod(elements_of(site, single.ndim - 1))
-    index = np.array(list(itertools.product(range(len(single)), repeat=count)), int).reshape(-1, count)
-    return jnp.asarray(single[index].reshape(len(index), *site.value_shape), site.dtype)
-
-
-def _moving(bound: Any) -> bool:
-    """Tell whether a bound of a support may have a derivative."""
-    return _jax.is_traced(bound) and jnp.issubdtype(jnp.result_type(bound), jnp.inexact)
-
-
-def resolve(site: Site, leaves: Any, enumerated: int, repeats: int = 1) -> Strategy:
-    """Return the strategy of a site: the user's, checked, or the default.
-
-    The default is `Reparam` where the sampler is differentiable, else `Enum` where few values are left to
-    enumerate, else `Reinforce` with a leave-one-out baseline. `enumerated` counts the joint values of the sites
-    before; `repeats` the scan steps.
-    """
-    d = site.distribution([None] * site.structure.num_leaves)
-    d_known = site.distribution(leaves)
-    asked, size = site.gradient, joint_size(site, leaves, repeats)
-    place = f"site {site.address!r} at {site.where}"
-    if asked is None:
-        if d.has_rsample:
-            return Reparam()
-        return Enum() if size is not None and size * enumerated <= SMALL_SUPPORT else Reinforce()
-    if isinstance(asked, Reparam) and not d.has_rsample:
-        raise StrategyError(f"{place}: {type(d).__name__} has no differentiable sampler. Use vi.Reinforce().")
-    if isinstance(asked, Reinforce) and any(_moving(b) for b in bounds_of(d_known.support)):
-        raise StrategyError(
-            f"{place}: the support of {type(d).__name__} depends on its parameters, so the score-function estimator "
-            "would be biased. Use vi.Reparam()."
-        )
-    if isinstance(asked, Enum) and size is None:
-        raise StrategyError(f"{place}: {type(d).__name__} has no finite support to enumerate. Use vi.Reinforce().")
-    if isinstance(asked, Enum) and size is not None and size * enumerated > MAX_ENUMERATED:
-        raise StrategyError(
-            f"{place}: Enum would enumerate more than {MAX_ENUMERATED} joint values of this objective. Use "
-            "vi.Reinforce(), or fewer lanes or steps."
-        )
-    if not isinstance(asked, (Reparam, Reinforce, Enum)):
-        raise StrategyError(f"{place}: gradient must be vi.Reparam(), vi.Reinforce() or vi.Enum(), got {asked!r}.")
-    return asked
+def biased(strategy: Strategy) -> bool:
+    """Tell whether a strategy says of itself that its gradients are biased."""
+    return bool(getattr(strategy, "biased", False))

@@ -18,7 +18,7 @@ from vi_cases import CASES, THETA, Case
 
 import expectax as ex
 from expectax import dist, vi
-from expectax.vi import _surrogate
+from expectax.vi import _run
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(20260801)
@@ -101,7 +101,7 @@ def test_value_gradient_and_hessian_are_exact(case, name, monkeypatch):
         objective = vi.objective(lambda t: case.program(t, site, outcomes(case)[0]))
         found = taylor(lambda theta: objective.surrogate(theta, KEY), THETA)
     else:
-        monkeypatch.setattr(_surrogate, "draw_site", by_sample(_surrogate.draw_site))
+        monkeypatch.setattr(_run, "draw_site", by_sample(_run.draw_site))
         found = enumerated(case, strategy, samples=2 if name == "leave-one-out" else 1)
     for order, (mine, exact) in enumerate(zip(found, truth(case), strict=True)):
         np.testing.assert_allclose(mine, exact, rtol=1e-10, atol=1e-10, err_msg=f"derivative of order {order}")
