@@ -14,7 +14,7 @@ from . import _jax
 from ._errors import AddressError, ShapeError, SupportError, nearest
 from ._masked import At, Masked, expand, positions
 from ._nested import Choices, leaves_of, nested
-from ._support import bounds_of, whole_space
+from ._support import bounds_of, relaxed, whole_space
 from ._table import Entry, choices_of
 
 
@@ -118,8 +118,23 @@ def _placed(place: str, entry: Entry, at: At) -> Masked:
         raise ShapeError(f"{place} has elements of shape {entry.elements}; the index {at.index!r} is out of range.")
     if np.shape(at.value) != target.shape:
         raise ShapeError(f"{place} at index {at.index!r} has shape {target.shape}, got {np.shape(at.value)}.")
+    if not _jax.is_traced(mask) and mask.sum() != np.zeros(entry.elements)[at.index].size:
+        raise ShapeError(f"{place}: the index {at.index!r} names an element twice.")
     value = jnp.zeros(entry.shape, entry.dtype).at[at.index].set(jnp.asarray(at.value))
-    return Masked(value, mask)
+    inside = _traced_inside(at.index, entry.elements)
+    if inside is None:
+        return Masked(value, mask)
+    floats = jnp.issubdtype(entry.dtype, jnp.inexact)
+    impossible = jnp.asarray(jnp.nan if floats else jnp.iinfo(entry.dtype).min, entry.dtype)
+    return Masked(jnp.where(inside, value, impossible), mask | ~inside)
+
+
+def _traced_inside(index: Any, shape: tuple[int, ...]) -> Any:
+    """Tell whether an index is in range where it is being traced; None where it is known."""
+    parts = index if isinstance(index, tuple) else (index,)
+    traced = [(i, n) for i, n in zip(parts, shape, strict=False) if _jax.is_traced(i) and i.dtype != bool]
+    inside = [jnp.all((-n <= i) & (i < n)) for i, n in traced]
+    return jnp.all(jnp.stack(inside)) if inside else None
 
 
 def _mask_at(index: Any, shape: tuple[int, ...]) -> Any:
@@ -155,6 +170,8 @@ def _check_array(place: str, entry: Entry, value: Any, mask: Any = None) -> jax.
     if known and mask is not None:  # what is not given is not checked
         value = np.where(np.asarray(expand(mask, value)), np.asarray(value), np.zeros((), dtype))
     if jnp.issubdtype(entry.dtype, jnp.integer) and jnp.issubdtype(dtype, jnp.floating):
+        if not known and relaxed.get():
+            return jnp.asarray(value)
         if not known or np.any(np.asarray(value) != np.round(np.asarray(value))):
             raise SupportError(
                 f"{place} is discrete ({entry.dtype}) but the value is {dtype}"

@@ -35,9 +35,13 @@ def innermost(d: dist.Distribution) -> dist.Distribution:
 
 def _known(leaf: Any, j: int, site: Site) -> Any:
     """Return a parameter's value if it is a known number, else nan (None for integers) of one lane's shape."""
-    mapped = sum(lane.dims[j] is not None for lane in site.lanes)
+    mapped = any(lane.dims[j] is not None for lane in site.lanes)
     if not _jax.is_traced(leaf) and not mapped:
         return np.asarray(leaf)
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return None
-    return np.full(np.shape(leaf)[: np.ndim(leaf) - mapped], np.nan)
+    shape = np.shape(leaf)
+    for lane in reversed(site.lanes):  # an outer vmap's axis is counted with the inner ones still there
+        dim = lane.dims[j]
+        shape = shape if dim is None else shape[:dim] + shape[dim + 1 :]
+    return np.full(shape, np.nan)

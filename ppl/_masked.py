@@ -78,7 +78,8 @@ def at(index: Any, value: Any) -> At:
         A constraint, to stand in a nested dict.
 
     Raises:
-        ShapeError: when it is used, if the index or the values do not fit the site.
+        ShapeError: when it is used, if the index or the values do not fit the site. An index that is being traced and
+            turns out to be out of range makes the density nan, or that of a discrete site zero.
 
     Example:
         >>> import jax, jax.numpy as jnp, expectax as ex

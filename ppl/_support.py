@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,9 @@ from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from . import _jax
+
+relaxed: contextvars.ContextVar[bool] = contextvars.ContextVar("relaxed", default=False)
+"""Whether discrete sites take values between, for gradient strategies that relax a choice."""
 
 
 def whole_space(support: Any) -> bool:
@@ -49,6 +53,8 @@ def density_in_support(
         return jnp.where(d._mask, found, 0.0), safe
     support = d.support
     if support is None or whole_space(support):
+        return terms(d, value), value
+    if relaxed.get() and d.is_discrete and jnp.issubdtype(jnp.result_type(value), jnp.inexact):
         return terms(d, value), value
     inside = support(value)
     event = support.event_dim

@@ -16,6 +16,7 @@ from expectax.ppl import AddressError, Posterior, Program, ShapeError, StrategyE
 from expectax.ppl._compile import compiled
 from expectax.ppl._errors import nearest
 from expectax.ppl._staging import as_data, check_key
+from expectax.ppl._support import relaxed
 
 from ._boxes import Samples
 from ._flat import planned
@@ -222,9 +223,11 @@ def log_density(target: Program | Posterior, choices: Any) -> Float[Array, ""]:
         >>> round(float(vi.log_density(normal(), {"x": 0.0})), 4)
         -0.9189
     """
-    if isinstance(target, Posterior):
-        return target.log_density(choices)
-    return target.assess(choices)[0]
+    token = relaxed.set(True)
+    try:
+        return target.log_density(choices) if isinstance(target, Posterior) else target.assess(choices)[0]
+    finally:
+        relaxed.reset(token)
 
 
 def _loss(differentiable: Any, rest: Any, objective: Objective, key: Any, num_samples: int) -> Any:
