@@ -11,11 +11,16 @@ import jax.numpy as jnp
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
+from ._differentiable import differentiable as differentiable_sampler
 from ._errors import DistributionError
 
 
 def distribution(
-    sampler: Callable[..., Any], log_density: Callable[..., Any], *, support: Any = constraints.real
+    sampler: Callable[..., Any],
+    log_density: Callable[..., Any],
+    *,
+    support: Any = constraints.real,
+    differentiable: bool | None = None,
 ) -> Callable[..., dist.Distribution]:
     r"""Make a distribution of one event from a sampler and a log density.
 
@@ -23,6 +28,8 @@ def distribution(
         sampler: `sampler(key, *parameters)` returns one draw, of any shape.
         log_density: `log_density(value, *parameters)` returns a scalar, $\log p(x; \theta)$.
         support: a constraint of `numpyro.distributions.constraints`; each number of the value lies in it.
+        differentiable: whether the sampler may be differentiated in all its parameters (`vi.Reparam`). By default this
+            is read off its equations: False where a parameter meets a comparison, a rounding or an unbounded loop.
 
     Returns:
         A constructor: `constructor(*parameters)` is a distribution to `sample` from. Parameters are arrays or pytrees;
@@ -43,7 +50,7 @@ def distribution(
     """
 
     def constructor(*parameters: Any) -> dist.Distribution:
-        return UserDistribution(sampler, log_density, support, parameters)
+        return UserDistribution(sampler, log_density, support, parameters, differentiable)
 
     return constructor
 
@@ -52,9 +59,9 @@ class UserDistribution(dist.Distribution):
     """One event with a given sampler and log density; see `distribution`."""
 
     pytree_data_fields = ("parameters",)
-    pytree_aux_fields = ("sampler", "density", "constraint", "static")
+    pytree_aux_fields = ("sampler", "density", "constraint", "static", "smooth")
 
-    def __init__(self, sampler: Any, density: Any, support: Any, parameters: Any):
+    def __init__(self, sampler: Any, density: Any, support: Any, parameters: Any, smooth: bool | None = None):
         """Keep the functions, and the parameters as arrays and the rest."""
         as_array = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, float) else x, parameters)
         self.parameters, rest = eqx.partition(as_array, eqx.is_array)
@@ -63,7 +70,13 @@ class UserDistribution(dist.Distribution):
         key = jax.eval_shape(lambda: jax.random.key(0))
         draw = lambda key, arrays: jnp.asarray(sampler(key, *eqx.combine(arrays, rest)))  # noqa: E731
         one = jax.eval_shape(draw, key, self.parameters)
+        self.smooth = differentiable_sampler(draw, self.parameters) if smooth is None else smooth
         super().__init__(batch_shape=(), event_shape=one.shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether the sampler may be differentiated."""
+        return self.smooth
 
     @property
     def support(self) -> Any:
