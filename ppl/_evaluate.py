@@ -20,7 +20,7 @@ from ._branch import branches_of
 from ._errors import ControlFlowError
 from ._masked import Masked, expand
 from ._nested import leaves_of
-from ._nesting import scope_address
+from ._nesting import nest, scope_address
 from ._observe import deterministic_p
 from ._sample import Site, lanes_of, sample_p
 from ._sources import Drawn, Plan, drawn, drawn_for_steps, handed_out, planned
@@ -227,7 +227,9 @@ def _inside(eqn: Any, values: Any, visitor: Visitor, found: Iterator[Any], given
         return _call(inner, values, visitor, found, given, mask)
     key = next(found, None) if _jax.holds(eqn, sample_p) else None
     if address is not None:
-        outcome = evaluate(inner, values, visitor, key, given.get(address), mask)
+        run = lambda: evaluate(inner, values, visitor, key, given.get(address), mask)  # noqa: E731
+        # choices that are left to the enclosing program stay under their address there
+        outcome = nest(address, run) if visitor.kind == "rebind" else run()
         return outcome._replace(
             choices={address: outcome.choices} if outcome.choices else {},
             present={address: outcome.present} if outcome.present else {},

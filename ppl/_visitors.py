@@ -8,20 +8,24 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+from numpyro import distributions as dist
 
 from ._draw import draw
-from ._errors import DistributionError, ShapeError
+from ._errors import DistributionError, ShapeError, SupportError
 from ._evaluate import Observed, Visit, Visitor
 from ._masked import Masked, expand
+from ._mistakes import check_closed
 from ._noise import Noise
 from ._pathwise import transform
 from ._sample import Site, lanes_of, rebind, with_mask
-from ._support import density_in_support, transform_of
+from ._support import density_in_support
 
 
 def draw_site(site: Site, leaves: Any, source: Any) -> Array:
     """Draw the value of a site, all lanes at once, from pooled noise or a key."""
     if not isinstance(source, Noise):
+        fixed = site.distribution([None] * site.structure.num_leaves)
+        check_closed(fixed, site.address, site.where, drawn=True)
         try:
             return draw(source, site.structure, site.lanes, leaves).astype(site.dtype)
         except NotImplementedError as error:
@@ -119,6 +123,25 @@ def _rebind(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visi
     return Visit(value, value, site.log_density(value, leaves), 0.0)
 
 
+def bijection_of(site: Site, leaves: Any) -> Any:
+    """Return the bijection from unconstrained space onto a site's support; refuse a site that has none."""
+    d = site.distribution(leaves)
+    return bijection_onto(site, d.support)
+
+
+def bijection_onto(site: Site, support: Any) -> Any:
+    """Return the bijection from unconstrained space onto a support of a site."""
+    try:
+        return dist.biject_to(support)
+    except NotImplementedError as error:
+        name = type(site.distribution([None] * site.structure.num_leaves)).__name__
+        raise SupportError(
+            f"site {site.address!r} at {site.where}: {name} has no unconstrained space: no bijection from the reals onto its "
+            f"support ({'which it does not give' if support is None else support}) is known. Observe it, compute it from "
+            "a site with another distribution, or use importance sampling or VI."
+        ) from error
+
+
 class Partial(eqx.Module):
     """Unconstrained values of a partly observed site: the observed elements stay."""
 
@@ -132,7 +155,7 @@ def _constrain(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> V
         return _assess(site, leaves, source, given, mask)
 
     def one(unconstrained: Any, leaves: Any) -> Any:
-        bijection = transform_of(site.distribution(leaves))
+        bijection = bijection_of(site, leaves)
         if jnp.shape(unconstrained) != bijection.inverse_shape(site.shape):
             raise ShapeError(
                 f"constrain: site {site.address!r} at {site.where} has the unconstrained shape "
@@ -140,8 +163,8 @@ def _constrain(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> V
             )
         value = bijection(unconstrained)
         jacobian = bijection.log_abs_det_jacobian(unconstrained, value)
-        batch = site.distribution(leaves).batch_shape
-        return value, jnp.sum(jnp.reshape(jacobian, (*batch, -1)), axis=-1)
+        batch = len(site.distribution(leaves).batch_shape)
+        return value, jnp.sum(jacobian, axis=tuple(range(batch, jnp.ndim(jacobian))))
 
     inner = given.unconstrained if isinstance(given, Partial) else given
     value, log_jacobian = lanes_of(site, one, inner, leaves=leaves)
@@ -162,7 +185,7 @@ def _unconstrain(site: Site, leaves: Any, source: Any, given: Any, mask: Any) ->
         return Visit(given.value, given.value, 0.0, 0.0)
 
     def one(value: Any, leaves: Any) -> Array:
-        return transform_of(site.distribution(leaves)).inv(value)
+        return bijection_of(site, leaves).inv(value)
 
     return Visit(given, lanes_of(site, one, given, leaves=leaves), 0.0, 0.0)
 
@@ -179,7 +202,7 @@ recording = Visitor(_record, kind="record")
 """The log densities of all elements, in place of the choices."""
 recording_all = Visitor(_record, fixed=True, kind="record")
 """The same, also of what the program observes."""
-rebinding = Visitor(_rebind, everywhere=True)
+rebinding = Visitor(_rebind, everywhere=True, kind="rebind")
 """`vi.simulate`."""
 constraining = Visitor(_constrain, kind="constrain")
 """From unconstrained space into the support."""

@@ -4,6 +4,9 @@ from ._antithetic import DisARM as DisARM
 from ._bounds import elbo as elbo
 from ._bounds import iwelbo as iwelbo
 from ._cost import add_cost as add_cost
+from ._diagnose import Diagnosis as Diagnosis
+from ._diagnose import Noise as Noise
+from ._diagnose import diagnose as diagnose
 from ._divergences import chi_square as chi_square
 from ._divergences import forward_kl as forward_kl
 from ._divergences import renyi as renyi
@@ -22,6 +25,7 @@ from ._objective import log_density as log_density
 from ._objective import objective as objective
 from ._objective import simulate as simulate
 from ._objective import value_and_grad as value_and_grad
+from ._pareto import pareto_shape as pareto_shape
 from ._particle_bounds import fivo as fivo
 from ._particle_gradients import dreg as dreg
 from ._particle_gradients import stl as stl

@@ -63,7 +63,7 @@ def renyi(posterior: Target, guide: Guide, num_particles: int, alpha: float) -> 
     check_particles("renyi", num_particles)
     if not math.isfinite(alpha):
         raise ValueError(f"renyi needs a finite alpha, got {alpha}.")
-    return Objective(_renyi, (posterior, guide, num_particles, alpha))
+    return Objective(_renyi, (posterior, guide, num_particles, float(alpha)))
 
 
 def _renyi(posterior: Target, guide: Guide, num_particles: int, alpha: float, params: Any) -> Any:
@@ -107,7 +107,7 @@ def chi_square(posterior: Target, guide: Guide, num_particles: int, order: float
     check_particles("chi_square", num_particles, 2)
     if not 1 <= order < math.inf:
         raise ValueError(f"chi_square needs a finite order >= 1, got {order}.")
-    return Objective(_chi_square, (posterior, guide, num_particles, order))
+    return Objective(_chi_square, (posterior, guide, num_particles, float(order)))
 
 
 def _chi_square(posterior: Target, guide: Guide, num_particles: int, order: float, params: Any) -> Any:

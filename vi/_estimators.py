@@ -79,7 +79,7 @@ def estimators(objective: Objective, params: Any) -> Estimators:
     layouts: list[Layout] = []
 
     def staged(params: Any) -> Any:
-        layouts.append(objective._staged(params).layout)
+        layouts.append(objective.staged(params).layout)
         return 0
 
     jax.eval_shape(staged, params)

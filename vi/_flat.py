@@ -7,7 +7,7 @@ objective is in view. A scan with a site that is enumerated jointly is unrolled;
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,12 +27,15 @@ from ._expectation import check_linear
 from ._layout import Layout
 from ._resolve import resolve
 
+Strategies = Mapping[str, Any]
+"""Gradient strategies by path."""
+
 
 class _Flattener:
     """Rewrites a jaxpr; loops that hold a site of `unrolled` are written out step by step."""
 
-    def __init__(self, unrolled: frozenset[str]) -> None:
-        self.unrolled = unrolled
+    def __init__(self, unrolled: frozenset[str], strategies: Strategies) -> None:
+        self.unrolled, self.strategies = unrolled, strategies
         self.costs: list[Any] = []
         self.reasons: dict[str, str] = {}
 
@@ -91,10 +94,13 @@ class _Flattener:
         if mask is not None:
             site, operands = with_mask(site, operands, mask)
         bare, leaves, _ = site.split(operands)
-        strategy, self.reasons[scope + site.address] = resolve(bare, leaves)
-        if "baseline" in site.extras:
+        path = scope + site.address
+        if path in self.strategies:
+            bare = dataclasses.replace(bare, gradient=self.strategies[path])
+        strategy, self.reasons[path] = resolve(bare, leaves)
+        if "baseline" in site.extras and path not in self.strategies:
             strategy = site.gradient
-        return rebind(dataclasses.replace(site, address=scope + site.address, gradient=strategy), operands)
+        return rebind(dataclasses.replace(site, address=path, gradient=strategy), operands)
 
     def _scan(self, eqn: Any, values: list[Any], scope: str, mask: Any) -> list[Any]:
         """Choose the strategies of a scan's sites."""
@@ -135,19 +141,24 @@ def _paths(jaxpr: Any, scope: str) -> Iterator[str]:
             yield from _paths(inner, scope if address is None else f"{scope}{address}/")
 
 
-def flatten(jaxpr: Any, args: Any, unrolled: frozenset[str] = frozenset()) -> tuple[Any, dict[str, str]]:
-    """Return a closed jaxpr like `jaxpr`, flat, with a strategy at every site, and why by path."""
-    flattener = _Flattener(unrolled)
+def flatten(
+    jaxpr: Any, args: Any, unrolled: frozenset[str] = frozenset(), strategies: Strategies | None = None
+) -> tuple[Any, dict[str, str]]:
+    """Return a closed jaxpr like `jaxpr`, flat, with a strategy at every site, and why by path.
+
+    `strategies` replace those of the sites, by path.
+    """
+    flattener = _Flattener(unrolled, strategies or {})
     return jax.make_jaxpr(lambda *xs: flattener.objective(jaxpr, xs))(*args), flattener.reasons
 
 
-def planned(jaxpr: Any, args: Any) -> tuple[Any, Layout]:
+def planned(jaxpr: Any, args: Any, strategies: Strategies | None = None) -> tuple[Any, Layout]:
     """Return a flat jaxpr with its layout, loops with sites that are enumerated jointly written out."""
-    flat, reasons = flatten(jaxpr, args)
+    flat, reasons = flatten(jaxpr, args, strategies=strategies)
     check_linear(flat.jaxpr)
     layout = Layout(flat.jaxpr, reasons)
     jointly = frozenset(c.site.address for c in layout.choices if c.loops and c.mode == "jointly")
     if not jointly:
         return flat, layout
-    flat, reasons = flatten(jaxpr, args, jointly)
+    flat, reasons = flatten(jaxpr, args, jointly, strategies)
     return flat, Layout(flat.jaxpr, reasons)

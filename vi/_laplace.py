@@ -149,7 +149,8 @@ def _minimum(energy: Any, position: Any, num_steps: int) -> tuple[Any, Any]:
         u, state, _, steps = carry
         value, slope = evaluate(u, state=state)
         updates, state = search.update(slope, state, u, value=value, grad=slope, value_fn=energy)
-        return optax.apply_updates(u, updates), state, jnp.abs(updates), steps + 1
+        following: Any = optax.apply_updates(u, updates)
+        return following, state, jnp.abs(following - u), steps + 1
 
     start = (position, search.init(position), jnp.full_like(position, jnp.inf), jnp.asarray(0))
     u, _, _, steps = lax.while_loop(going, step, start)

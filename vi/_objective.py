@@ -19,7 +19,7 @@ from expectax.ppl._staging import as_data, check_key
 from expectax.ppl._support import relaxed
 
 from ._boxes import Samples
-from ._flat import planned
+from ._flat import Strategies, planned
 from ._layout import Layout
 from ._strategy import biased
 from ._surrogate import Check, surrogate
@@ -91,16 +91,10 @@ class Objective:
             2.0
         """
         check_key(key)
-        staged = self._staged(params)
-        if num_samples == 1:
-            return staged.surrogate(key)
+        return self.staged(params).mean(key, num_samples)
 
-        def one(name: Any, key: Any) -> Any:
-            return staged.surrogate(key, Samples(name, num_samples))
-
-        return jnp.mean(_jax.over_lanes(one, num_samples, mean_axis=True)(key))
-
-    def _staged(self, params: Any) -> Staged:
+    def staged(self, params: Any, strategies: Strategies | None = None) -> Staged:
+        """Trace the objective at some parameters, for the estimator; `strategies` replace those of sites, by path."""
         dynamic, static = eqx.partition((self.captured, as_data(params)), eqx.is_array)
         leaves, structure = jax.tree.flatten(dynamic)
 
@@ -113,7 +107,7 @@ class Objective:
                 raise ShapeError(f"{self!r} must return a scalar, but returned shape {jnp.shape(value)}.")
             return jnp.asarray(value, jnp.result_type(float))
 
-        flat, layout = planned(jax.make_jaxpr(run)(*leaves), leaves)
+        flat, layout = planned(jax.make_jaxpr(run)(*leaves), leaves, strategies)
         check_allowed(layout, self.allow)
         return Staged(layout, flat.consts, leaves)
 
@@ -131,9 +125,25 @@ class Staged(NamedTuple):
     consts: Any
     args: list[Any]
 
-    def surrogate(self, key: Any, samples: Samples | None = None, checks: list[Check] | None = None) -> Any:
+    def surrogate(
+        self,
+        key: Any,
+        samples: Samples | None = None,
+        checks: list[Check] | None = None,
+        stopped: frozenset[str] = frozenset(),
+    ) -> Any:
         """Run the estimator once."""
-        return surrogate(self.layout, self.consts, self.args, key, samples, checks)
+        return surrogate(self.layout, self.consts, self.args, key, samples, checks, stopped)
+
+    def mean(self, key: Any, num_samples: int, stopped: frozenset[str] = frozenset()) -> Any:
+        """Average the estimator over independent samples."""
+        if num_samples == 1:
+            return self.surrogate(key, stopped=stopped)
+
+        def one(name: Any, key: Any) -> Any:
+            return self.surrogate(key, Samples(name, num_samples), stopped=stopped)
+
+        return jnp.mean(_jax.over_lanes(one, num_samples, mean_axis=True)(key))
 
 
 def objective(function: Callable[[Any], Any] | None = None, *, allow: Collection[str] = ()) -> Any:
@@ -297,11 +307,16 @@ def estimate(objective: Objective, params: Any, key: PRNGKeyArray, num_samples: 
 
 def _samples(objective: Objective, params: Any, key: Any, num_samples: int) -> Any:
     check_key(key)
-    staged = objective._staged(params)
+    staged = objective.staged(params)
     return _jax.over_lanes(lambda k: staged.surrogate(k), num_samples)(key)
 
 
 _compiled_samples = compiled(_samples)
+
+
+def log_weights_of(objective: Objective, params: Any, key: Any, num_samples: int) -> Array:
+    """Return independent values of an objective; of an ELBO they are log importance weights."""
+    return _compiled_samples(objective, as_data(params), key, num_samples)
 
 
 def first_nonfinite(objective: Objective, params: Any, key: PRNGKeyArray, num_samples: int = 1) -> str | None:
@@ -312,7 +327,7 @@ def first_nonfinite(objective: Objective, params: Any, key: PRNGKeyArray, num_sa
 
 
 def _checks(objective: Objective, params: Any, key: Any, num_samples: int, names: Callable[[Any], None]) -> Any:
-    staged = objective._staged(params)
+    staged = objective.staged(params)
 
     def one(key: Any) -> Any:
         checks: list[Check] = []

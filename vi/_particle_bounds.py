@@ -29,7 +29,7 @@ def fivo(
     initial: Any,
     num_particles: int,
     *,
-    resampling_gradients: bool = False,
+    resampling_gradients: bool,
 ) -> Objective:
     r"""The filtering bound $E[\log \hat p(y_{1:T})] \le \log p(y_{1:T})$, $\hat p = \prod_t \frac1n \sum_i w_t^i$.
 
@@ -46,10 +46,10 @@ def fivo(
         initial: the state before the first step: arrays or numbers, of the shapes that `model_step` returns. A first
             step that differs from the others needs a state that tells it, such as the time.
         num_particles: $n$, at least 1.
-        resampling_gradients: with True the gradient has the score-function terms of the ancestors, unbiased and noisy
-            (take `num_samples > 1` for the leave-one-out baseline). With False, as its authors recommend, the choice
-            of ancestors is held still: *biased* for the bound's gradient, with far less variance. The value is the
-            same.
+        resampling_gradients: has no default, as either choice has its price. With True the gradient has the
+            score-function terms of the ancestors: unbiased and noisy (take `num_samples > 1` for the leave-one-out
+            baseline). With False, as the authors recommend, the choice of ancestors is held still: *biased* for the
+            bound's gradient, with far less variance. The value is the same.
 
     Returns:
         An objective to maximise over `params`.
@@ -73,7 +73,8 @@ def fivo(
         ... def proposal(params, state, observation):
         ...     mean = params["decay"] * state
         ...     ex.sample("x", dist.Normal(mean + params["gain"] * (observation["y"] - mean), 0.5))
-        >>> bound = vi.fivo(step, proposal, {"y": jnp.array([0.5, 1.2, 0.3])}, 0.0, num_particles=16)
+        >>> data = {"y": jnp.array([0.5, 1.2, 0.3])}
+        >>> bound = vi.fivo(step, proposal, data, 0.0, num_particles=16, resampling_gradients=False)
         >>> value, gradient = vi.value_and_grad(bound)({"decay": 0.9, "gain": 0.8}, jax.random.key(0))
         >>> sorted(gradient)
         ['decay', 'gain']

@@ -27,6 +27,7 @@ from ._shared import (
     still,
     still_particles,
     target_at,
+    weighted_sum,
 )
 from ._strategy import Reparam
 
@@ -82,10 +83,14 @@ def _vimco(posterior: Target, guide: Guide, num_particles: int, params: Any) -> 
 
 
 def _without_each(log_w: Any) -> Any:
-    """Return, for each particle, the bound with that particle's log weight replaced by the mean of the others'."""
+    """Return, for each particle, the bound with that particle's log weight replaced by the mean of the others'.
+
+    Where all others have weight 0 it is 0, a baseline like any other that does not see the particle itself.
+    """
     others = ~jnp.eye(log_w.size, dtype=bool)
     mean = jnp.sum(jnp.where(others, log_w, 0.0), axis=1) / (log_w.size - 1)
-    return log_mean_exp(jnp.where(others, log_w, mean[:, None]), axis=1)
+    without = log_mean_exp(jnp.where(others, log_w, mean[:, None]), axis=1)
+    return jnp.where(jnp.isfinite(without), without, 0.0)
 
 
 def stl(posterior: Target, guide: Guide) -> Objective:
@@ -175,7 +180,8 @@ def _dreg(posterior: Target, guide: Guide, num_particles: int, params: Any) -> A
 
     through_z, log_p = jax.vmap(particle)(jnp.arange(num_particles))
     weights = lax.stop_gradient(jax.nn.softmax(through_z))
-    return replaced(log_mean_exp(through_z), jnp.sum(weights**2 * through_z + weights * log_p))
+    gradient = weighted_sum(weights**2, through_z) + weighted_sum(weights, log_p)
+    return replaced(log_mean_exp(through_z), gradient)
 
 
 def _learned(posterior: Target) -> bool:

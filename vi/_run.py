@@ -58,11 +58,15 @@ class Branch(NamedTuple):
 
 
 class Runner(NamedTuple):
-    """A layout, whether to look for what is not finite, and the branches of the enumerations that are open."""
+    """A layout, whether to look for what is not finite, and the branches of the enumerations that are open.
+
+    Choices at the addresses that are `stopped` pass no derivative; for diagnosis.
+    """
 
     layout: Layout
     checked: bool
     branches: dict[int, Branch]
+    stopped: frozenset[str] = frozenset()
 
     def equation(self, eqn: Any, values: list[Any], source: Any, given: Any) -> tuple[list[Any], dict[int, Record]]:
         """Run one equation; `given` is a dict of `Given` by number."""
@@ -77,6 +81,8 @@ class Runner(NamedTuple):
     def choice(self, choice: Choice, split: Any, source: Any, given: Given | None) -> tuple[Any, Record]:
         """Draw at a site; return its value and record."""
         site, leaves, extras = split
+        if site.address in self.stopped:
+            leaves = [sg(x) for x in leaves]
         mask = extras.get("mask")
         if choice.number in self.branches:
             return self._enumerated(choice, site, leaves, mask)

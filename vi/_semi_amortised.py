@@ -16,7 +16,7 @@ from expectax.ppl import sample
 from ._bounds import elbo
 from ._objective import Objective
 from ._shared import Guide, Target, check_target, target_at
-from ._strategy import Reparam
+from ._strategy import Reinforce
 
 
 def semi_amortised(
@@ -93,5 +93,5 @@ def _semi_amortised(
 
 def _fresh_key() -> Any:
     """Return a key that is a random choice of the objective: the bits of two normal draws."""
-    seed = sample("seed", dist.Normal(jnp.zeros(2, jnp.float32), jnp.float32(1.0)), gradient=Reparam())
+    seed = sample("seed", dist.Normal(jnp.zeros(2, jnp.float32), jnp.float32(1.0)), gradient=Reinforce(baseline=None))
     return jax.random.wrap_key_data(lax.bitcast_convert_type(seed.astype(jnp.float32), jnp.uint32), impl="threefry2x32")

@@ -86,6 +86,12 @@ def log_mean_exp(x: Any, axis: int = 0) -> Any:
     return jnp.squeeze(top, axis) + jnp.log1p(jnp.mean(jnp.expm1(x - top), axis=axis))
 
 
+def weighted_sum(weights: Any, terms: Any) -> Any:
+    """Return the sum of weighted terms; a term of weight 0 counts nothing, even if it is infinite."""
+    counts = weights > 0
+    return jnp.sum(jnp.where(counts, weights * jnp.where(counts, terms, 0.0), 0.0))
+
+
 def replaced(value: Any, gradient_of: Any) -> Any:
     """Return a number with the value of one expression and the derivative of another."""
     return lax.stop_gradient(value) + gradient_of - lax.stop_gradient(gradient_of)

@@ -16,7 +16,10 @@ from jaxtyping import Array, PRNGKeyArray
 
 
 class Relaxation(NamedTuple):
-    """A differentiable value `free`, and one `bound` to the choice that was made, for a control variate of RELAX."""
+    """A differentiable value `free`, and one `bound` to the choice that was made, for a control variate of RELAX.
+
+    Example: see `vi.Rebar`, which makes one.
+    """
 
     free: Array
     bound: Array

@@ -40,6 +40,7 @@ def surrogate(
     key: Any,
     samples: Samples | None = None,
     checks: list[Check] | None = None,
+    stopped: frozenset[str] = frozenset(),
 ) -> Any:
     """Return the surrogate of a flat objective.
 
@@ -50,6 +51,7 @@ def surrogate(
         key: a typed key.
         samples: the vmap axis of independent samples, for leave-one-out baselines.
         checks: a list to fill with one `Check` per site, for diagnosis.
+        stopped: addresses of choices that pass no derivative, for diagnosis.
     """
     equations = layout.jaxpr.eqns
     plan = planned(equations, keyed=takes_key)
@@ -57,7 +59,7 @@ def surrogate(
     sources = {i: found[i][0] for i, eqn in enumerate(equations) if draws(eqn)}
     env = _jax.Environment(zip(layout.jaxpr.constvars, consts, strict=True))
     env.update(zip(layout.jaxpr.invars, args, strict=True))
-    return _Walk(layout, sources, samples, checks).run(0, env, {}, {})
+    return _Walk(layout, sources, samples, checks, stopped).run(0, env, {}, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +70,10 @@ class _Walk:
     sources: dict[int, Any]
     samples: Samples | None
     checks: list[Check] | None
+    stopped: frozenset[str]
 
     def run(self, start: int, env: _jax.Environment, records: dict[int, Record], branches: dict[int, Branch]) -> Any:
-        runner = Runner(self.layout, self.checks is not None, branches)
+        runner = Runner(self.layout, self.checks is not None, branches, self.stopped)
         for i in range(start, len(self.layout.jaxpr.eqns)):
             eqn = self.layout.jaxpr.eqns[i]
             choices = [self.layout.choices[n] for n in self.layout.numbers(eqn) if n not in branches]

@@ -10,11 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from ._objective import Objective
-from ._shared import Guide, Target, check_particles, check_target, log_mean_exp, matched, replaced, still_particles
+from ._shared import (
+    Guide,
+    Target,
+    check_particles,
+    check_target,
+    log_mean_exp,
+    matched,
+    replaced,
+    still_particles,
+    weighted_sum,
+)
 
 
 def wake_model(posterior: Target, guide: Guide, num_particles: int) -> Objective:
@@ -45,7 +54,7 @@ def wake_model(posterior: Target, guide: Guide, num_particles: int) -> Objective
 
 def _wake_model(posterior: Target, guide: Guide, num_particles: int, params: Any) -> Any:
     log_p, log_q = still_particles(matched(posterior, guide, params), guide, params, num_particles)
-    return jnp.sum(_normalized(log_p - log_q) * log_p)
+    return weighted_sum(_normalized(log_p - log_q), log_p)
 
 
 def wake_guide(posterior: Target, guide: Guide, num_particles: int) -> Objective:
@@ -77,7 +86,7 @@ def wake_guide(posterior: Target, guide: Guide, num_particles: int) -> Objective
 
 def _wake_guide(posterior: Target, guide: Guide, num_particles: int, params: Any) -> Any:
     log_p, log_q = still_particles(matched(posterior, guide, params), guide, params, num_particles)
-    return jnp.sum(_normalized(log_p - log_q) * log_q)
+    return weighted_sum(_normalized(log_p - log_q), log_q)
 
 
 def wake_sleep(posterior: Target, guide: Guide, num_particles: int) -> Objective:
@@ -130,7 +139,7 @@ def wake_sleep(posterior: Target, guide: Guide, num_particles: int) -> Objective
 def _wake_sleep(posterior: Target, guide: Guide, num_particles: int, params: Any) -> Any:
     log_p, log_q = still_particles(matched(posterior, guide, params), guide, params, num_particles)
     log_w = log_p - log_q
-    return replaced(log_mean_exp(log_w), jnp.sum(_normalized(log_w) * (log_p + log_q)))
+    return replaced(log_mean_exp(log_w), weighted_sum(_normalized(log_w), log_p + log_q))
 
 
 def _normalized(log_w: Any) -> Any:

@@ -37,7 +37,7 @@ def with_gradients(guide: Any, strategies: Mapping[str, Strategy]) -> Any:
         ... def guide(p):
         ...     ex.sample("b", dist.Bernoulli(p))
         >>> ex.shapes(vi.with_gradients(guide, {"b": vi.MVD()})(0.3))["b"]["gradient"]
-        MVD()
+        'MVD()'
     """
     where = _jax.caller()
     for address, strategy in strategies.items():

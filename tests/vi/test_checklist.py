@@ -94,9 +94,10 @@ def test_f14_flip_by_its_score():
 def test_f15_baselines_are_unbiased_and_help():
     for baseline in (0.39, "leave-one-out", jnp.asarray(0.39)):
         holds(paper(vi.Reinforce(baseline)), P, [0.39, 1.6], num_samples=4)
-    shifted = lambda strategy: (
-        lambda p: paper(strategy)(p) + 10.0 * ex.sample("b2", dist.Bernoulli(p), gradient=strategy)
-    )  # noqa: E731
+
+    def shifted(strategy: Any) -> Any:
+        return lambda p: paper(strategy)(p) + 10.0 * ex.sample("b2", dist.Bernoulli(p), gradient=strategy)
+
     assert spread(shifted(vi.Reinforce()), P, 4) < 0.85 * spread(shifted(PLAIN), P, 4)
 
 

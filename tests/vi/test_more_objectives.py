@@ -18,6 +18,7 @@ from scipy import special
 import expectax as ex
 from expectax import dist, vi
 from expectax.vi._particle_gradients import _without_each
+from expectax.vi._shared import log_mean_exp
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(20260802)
@@ -26,7 +27,7 @@ PRIOR, LEVELS, Y = np.array([0.2, 0.5, 0.3]), np.array([-1.0, 0.5, 2.0]), 1.1
 
 @ex.model
 def mixture(theta):
-    z = ex.sample("z", dist.Categorical(PRIOR), gradient=vi.Enum())  # a strategy matters where a model is drawn from
+    z = ex.sample("z", dist.Categorical(PRIOR))
     ex.sample("y", dist.Normal(theta * jnp.take(LEVELS, z), 1.0))
 
 
@@ -106,6 +107,15 @@ def test_renyi_is_its_definition(alpha):
     """Value and both gradients: catches a sign of alpha, a mean outside the logarithm, a power of q instead of w."""
     truth = both(lambda p: expectation(renyi_cost(alpha), p, 3), start())
     close(found(vi.renyi(learned, guide, 3, alpha), start()), truth)
+
+
+def test_renyi_has_second_derivatives():
+    def hessian(f: Any) -> np.ndarray:
+        return np.asarray(jax.jit(jax.hessian(lambda phi: f({**start(), "phi": phi})))(start()["phi"]))
+
+    objective = vi.renyi(learned, guide, 2, 0.5)
+    truth = hessian(lambda p: expectation(renyi_cost(0.5), p, 2))
+    np.testing.assert_allclose(hessian(lambda p: objective.surrogate(p, KEY)), truth, rtol=1e-10, atol=1e-10)
 
 
 def test_renyi_of_alpha_0_is_the_iwelbo_and_of_alpha_1_the_elbo():
@@ -227,18 +237,52 @@ def test_wake_sleep_is_both_phases_with_the_value_of_the_iwelbo():
 
 
 def test_classic_wake_sleep_is_a_sum_of_two_objectives():
-    """The sleep phase draws from the model at stopped parameters: it moves the guide alone."""
+    """The sleep phase draws from the model at stopped parameters: it moves the guide alone, in every draw."""
 
     @ex.model
     def amortised(params, observations):
-        ex.sample("z", dist.Categorical(logits=params["phi"] + 0.0 * observations["y"]))
+        ex.sample("z", dist.Categorical(logits=params["phi"] * observations["y"]))
 
-    sleep = vi.forward_kl(lambda p: mixture(p["theta"]), amortised, "y")
-    wake = vi.wake_model(learned, guide, 3)
-    total = found(vi.objective(lambda p: wake(p) + sleep(p)), start())
-    truth = both(lambda p: jnp.sum(PRIOR * log_q(p)), start())
-    np.testing.assert_allclose(total[1], truth[1], rtol=1e-10)
-    np.testing.assert_allclose(total[2], found(wake, start())[2], rtol=1e-10)
+    sleep, wake = vi.forward_kl(lambda p: mixture(p["theta"]), amortised, "y"), vi.wake_model(learned, guide, 3)
+    asleep = found(sleep, start())
+    assert np.all(asleep[2] == 0.0) and np.any(asleep[1] != 0.0)
+    together = found(vi.objective(lambda p: wake(p) + sleep(p)), start())
+    np.testing.assert_allclose(together[2], found(wake, start())[2], rtol=1e-10)
+
+
+# --- particles that are impossible under the model ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [vi.iwelbo, vi.vimco, vi.wake_model, vi.wake_guide, vi.wake_sleep])
+def test_impossible_particles_have_no_weight(make):
+    """z = 0 has density 0 given y: in all draws but those of z = 0 alone, value and gradient are finite."""
+
+    @ex.model
+    def narrow(theta):
+        z = ex.sample("z", dist.Categorical(PRIOR))
+        ex.factor("possible", jnp.where(z == 0, -jnp.inf, theta * z))
+
+    @ex.model
+    def rarely_impossible(params):
+        ex.sample("z", dist.Categorical(logits=params["phi"]), gradient=vi.Reinforce(None))
+
+    objective = make(lambda p: narrow(p["theta"]).given({}), rarely_impossible, 3)
+    run = jax.jit(jax.vmap(lambda k: jax.value_and_grad(lambda p: objective.surrogate(p, k))(start())))
+    value, gradient = run(jax.random.split(KEY, 200))
+    numbers = np.column_stack([value, gradient["phi"], gradient["theta"]])
+    alone = np.isneginf(iwelbo_values(narrow, rarely_impossible))
+    assert 0 < alone.sum() < 40
+    assert np.isfinite(numbers[~alone]).all()
+
+
+@pytest.mark.parametrize("x", [[-np.inf, -np.inf], [-np.inf, 0.3], [1000.0, 999.0], [-1000.0, -1001.0]])
+def test_log_mean_exp_at_the_ends(x):
+    np.testing.assert_allclose(log_mean_exp(jnp.array(x)), special.logsumexp(x) - math.log(2), rtol=1e-14)
+
+
+def iwelbo_values(narrow: Any, guide: Any) -> np.ndarray:
+    objective = vi.iwelbo(lambda p: narrow(p["theta"]).given({}), guide, 3)
+    return np.asarray(jax.jit(jax.vmap(lambda k: objective.surrogate(start(), k)))(jax.random.split(KEY, 200)))
 
 
 # --- the thermodynamic objective --------------------------------------------------------------------------------------
