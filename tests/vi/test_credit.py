@@ -384,3 +384,37 @@ def test_causal_credit_halves_the_variance_of_a_scan():
         two_stage_z(lambda key, count, how=how: gradients(how, 30, key, count), -150.0, KEY, 4000)
     causal, whole = (np.var(gradients(how, 30, KEY, 4000)) for how in hows)
     assert causal <= 0.5 * whole
+
+
+# --- a chain, beside costs placed by hand -------------------------------------------------------------------------------
+
+
+def chain_gradients(steps: int, how: str) -> Any:
+    """Return gradients of E sum_t (x_t - 1)^2 over a random walk by scores: ours, or with costs to go by hand."""
+
+    def walk(m: Any) -> Any:
+        def step(x: Any, _: Any) -> Any:
+            x = ex.sample("x", dist.Normal(0.9 * x + m, 1.0), gradient=REINFORCE)
+            return x, x
+
+        return jnp.sum((lax.scan(step, 0.0, length=steps)[1] - 1.0) ** 2)
+
+    def by_hand(m: Any, key: Any) -> Any:
+        def step(x: Any, noise: Any) -> Any:
+            new = lax.stop_gradient(0.9 * x + m + noise)
+            return new, (dist.Normal(0.9 * x + m, 1.0).log_prob(new), (new - 1.0) ** 2)
+
+        scores, costs = lax.scan(step, 0.0, jax.random.normal(key, (steps,)))[1]
+        to_go = jnp.cumsum(costs[::-1])[::-1]
+        return jnp.sum(scores * lax.stop_gradient(to_go))
+
+    ours = vi.objective(walk).surrogate
+    gradient = jax.grad(ours if how == "ours" else by_hand)
+    return jax.jit(jax.vmap(lambda key: gradient(0.1, key)))
+
+
+@pytest.mark.parametrize("steps", [5, 50])
+def test_a_chain_is_as_quiet_as_with_costs_placed_by_hand(steps):
+    """The two sds estimate one number: within 12 % at 4000 draws each; a box over all costs has half as much again."""
+    ours, by_hand = (np.std(chain_gradients(steps, how)(jax.random.split(KEY, 4000))) for how in ("ours", "by hand"))
+    assert ours < 1.12 * by_hand
