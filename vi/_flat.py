@@ -22,6 +22,7 @@ from expectax.ppl._observe import deterministic_p
 from expectax.ppl._sample import Site, rebind, sample_p, with_mask
 from expectax.ppl._table import unfollowable
 
+from ._accumulators import scan_with_sums, sums_of
 from ._cost import cost_p
 from ._expectation import check_linear
 from ._layout import Layout
@@ -115,7 +116,14 @@ class _Flattener:
             return out[:num_carry], (out[num_carry:], costs)
 
         if self.unrolled.isdisjoint(_paths(params["jaxpr"], scope)):
-            carry, (ys, costs) = jax.lax.scan(step, carry, xs, length=length, reverse=reverse, unroll=params["unroll"])
+            options = {"length": length, "reverse": reverse, "unroll": params["unroll"]}
+            ones = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
+            closed, shape = jax.make_jaxpr(step, return_shape=True)(list(carry), ones)
+            if sums := sums_of(closed, num_carry):
+                structure = jax.tree.structure(shape[1])
+                carry, (ys, costs) = scan_with_sums(closed, structure, sums, list(carry), xs, **options)
+            else:
+                carry, (ys, costs) = jax.lax.scan(step, carry, xs, **options)
             self.costs += costs
             return [*carry, *ys]
         outputs: dict[int, Any] = {}

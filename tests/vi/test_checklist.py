@@ -250,6 +250,17 @@ def test_f23_weak_derivative_then_score():
     holds(cost, P, [1.0 + P + 3.0 * P**2, 1.0 + 6.0 * P])
 
 
+@pytest.mark.parametrize("first", [vi.MVD(), vi.DisARM(), vi.Enum(), PLAIN], ids=["weak", "disarm", "enum", "score"])
+def test_f23_then_an_enumerated_choice(first):
+    """b ~ flip(p), c ~ flip(p (1 + b) / 2) enumerated: with another b the probabilities of c are others."""
+
+    def cost(p: Any) -> Any:
+        b = ex.sample("b", dist.Bernoulli(p), gradient=first)
+        return (1.0 + b) * ex.sample("c", dist.Bernoulli(p * (1.0 + b) / 2.0), gradient=vi.Enum())
+
+    holds(cost, P, [0.5 * (1.0 - P) * P + 2.0 * P**2, 0.5 - P + 4.0 * P])
+
+
 @pytest.mark.parametrize("strategy", [vi.Enum(), vi.MVD(), PLAIN, None], ids=["enum", "weak", "score", "default"])
 def test_f24_choices_in_a_branch(strategy):
     """If b ~ flip(p), x ~ N(p, 1) costs x^2: p (p^2 + 1) = 0.327, slope 1.27."""

@@ -278,6 +278,16 @@ def chained(p: Any, **options: Any) -> Any:
     return lax.scan(step, 0.0, p, **options)[1]
 
 
+def summed(p: Any, add: Any) -> Any:
+    """Costs added up in the carry."""
+
+    def step(total: Any, inputs: Any) -> Any:
+        cost, p = inputs
+        return add(total, cost * flip("z", p)), None
+
+    return lax.scan(step, 0.0, (COSTS, p))[0]
+
+
 def in_lanes(p: Any) -> Any:
     """Three lanes of a chain of one step."""
 
@@ -317,6 +327,10 @@ PAID = {
         [7, 6, 4],
     ),
     "scan, lanes in it": (lambda p: jnp.sum(COSTS * in_lanes(p)), [4, 2, 1]),
+    "scan, summed in the carry": (lambda p: summed(p, lambda s, c: s + c), [4, 2, 1]),
+    "scan, more added": (lambda p: summed(p, lambda s, c: c + (s + 0.0 * c) + c), [8, 4, 2]),
+    "scan, sum read on the way": (lambda p: summed(p, lambda s, c: s + c + 0.0 * s), [7, 7, 7]),
+    "scan, not a sum": (lambda p: summed(p, lambda s, c: s * 1.0 + c), [7, 7, 7]),
     "scan, last": (lambda p: lax.scan(lambda c, p: (flip("z", p), None), 0.0, p)[0] * 3.0, [3, 3, 3]),
 }
 
@@ -351,6 +365,8 @@ def sum_in(how: str, n: int) -> Any:
                 return jnp.sum((z - 3.0) ** 2)
             case "scan, costs by step":
                 return jnp.sum(lax.scan(lambda c, _: (c, draw(m)), None, None, length=n)[1])
+            case "scan, one cost that is read":
+                return lax.scan(lambda c, _: (c + draw(m) + 0.0 * c, None), 0.0, None, length=n)[0]
             case "scan, one cost":
                 return lax.scan(lambda c, _: (c + draw(m), None), 0.0, None, length=n)[0]
         raise ValueError(how)
@@ -377,13 +393,14 @@ def test_spread_grows_like_the_root_of_the_number_of_lanes(how):
     assert hundred <= 150.0
 
 
-def test_causal_credit_halves_the_variance_of_a_scan():
-    """Step t pays for the costs from t on: a third of the variance of paying for all of them (here at most a half)."""
-    hows = ("scan, costs by step", "scan, one cost")
+def test_costs_of_independent_steps_are_charged_to_their_steps():
+    """Also where they are added up in the carry; unless the carry is read on the way: then all pay for all."""
+    hows = ("scan, costs by step", "scan, one cost", "scan, one cost that is read")
     for how in hows:
         two_stage_z(lambda key, count, how=how: gradients(how, 30, key, count), -150.0, KEY, 4000)
-    causal, whole = (np.var(gradients(how, 30, KEY, 4000)) for how in hows)
-    assert causal <= 0.5 * whole
+    apart, summed, whole = (np.var(gradients(how, 30, KEY, 4000)) for how in hows)
+    np.testing.assert_allclose(summed, apart, rtol=1e-5)
+    assert whole > 10.0 * apart
 
 
 # --- a chain, beside costs placed by hand -------------------------------------------------------------------------------
