@@ -14,6 +14,7 @@ from ._errors import ExpectaxError as ExpectaxError
 from ._errors import NonFiniteError as NonFiniteError
 from ._errors import OutsideModelError as OutsideModelError
 from ._errors import ShapeError as ShapeError
+from ._errors import SoundnessError as SoundnessError
 from ._errors import StorageError as StorageError
 from ._errors import StrategyError as StrategyError
 from ._errors import SupportError as SupportError

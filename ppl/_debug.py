@@ -17,6 +17,7 @@ from ._posterior import Posterior
 from ._program import Program, program_of
 from ._sample import Site, lanes_of
 from ._staging import check_key, stage
+from ._table import Entry
 from ._visitors import assessing, generating
 
 
@@ -55,9 +56,16 @@ class Finding:
 
 
 class _Record(eqx.Module):
-    parameters: dict[str, Any]
+    """What a site has met; `kind` tells by element which of the distributions of its address it was."""
+
+    kind: Any
+    parameters: tuple[dict[str, Any], ...]
     value: Any
     log_density: Any
+
+
+_Kind = tuple[str, str, tuple[Any, ...]]
+"""A distribution's name, its place, and name, shape and dtype of its parameters."""
 
 
 def debug(target: Program | Posterior, choices: Choices | None = None, *, key: Any = None) -> Finding | None:
@@ -74,6 +82,7 @@ def debug(target: Program | Posterior, choices: Choices | None = None, *, key: A
     Raises:
         AddressError, ShapeError: the choices do not fit.
         TypeError: neither choices nor a key are given.
+        ControlFlowError: the program is one of `marginalize_discrete`, whose sites have no densities of their own.
 
     Example:
         >>> import expectax as ex
@@ -95,34 +104,53 @@ def debug(target: Program | Posterior, choices: Choices | None = None, *, key: A
     else:
         source, given, base = None, posterior._complete(staged, choices, "debug"), assessing
 
+    known: dict[str, list[_Kind]] = {}  # several of an address that stands in several branches
+
+    def look(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
+        kinds = known.setdefault(site.address, [])
+        kinds += [kind for kind in [_kind(site, _parameters(site, leaves))] if kind not in kinds]
+        return base.visit(site, leaves, source, given, mask)
+
     def inspect(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
         visit = base.visit(site, leaves, source, given, mask)
-        return visit._replace(record=_inspected(site, leaves, visit))
+        return visit._replace(record=_inspected(site, leaves, visit, known[site.address]))
 
+    jax.eval_shape(lambda: staged.run(Visitor(look), source, given).log_density)
     outcome = staged.run(Visitor(inspect, fixed=True), source, given)
     entries, present = dict(leaves_of(staged.table)), dict(leaves_of(outcome.present))
     for path, record in leaves_of(outcome.choices):
-        entry = entries[path]
-        parameters, value, log_density = (jax.tree.map(np.asarray, x) for x in vars(record).values())
-        bad = {"a parameter": list(parameters.values()), "the value": [value], "the log density": [log_density]}
-        for what, arrays in bad.items():
-            flags = [_per_element(~np.isfinite(a), len(entry.elements)) for a in arrays if a.dtype.kind == "f"]
-            here = np.asarray(present.get(path, True))
-            if flags and (found := np.logical_or.reduce(flags) & here).any():
-                index = tuple(int(i) for i in np.argwhere(found)[0])
-                name = type(entry.site.distribution([None] * entry.site.structure.num_leaves)).__name__
-                inputs = {n: p[index] for n, p in parameters.items()}
-                density = float(log_density[index])
-                return Finding(path, entry.site.where, index, what, name, inputs, value[index], density)
+        finding = _first(path, entries[path], known, jax.tree.map(np.asarray, record), present.get(path, True))
+        if finding is not None:
+            return finding
+    return None
+
+
+def _first(path: str, entry: Entry, known: dict[str, list[_Kind]], record: _Record, present: Any) -> Finding | None:
+    """Return what is not finite at one site."""
+    elements = len(entry.elements)
+    bad = {
+        "a parameter": [p for own in record.parameters for p in own.values()],
+        "the value": [record.value],
+        "the log density": [record.log_density],
+    }
+    for what, arrays in bad.items():
+        flags = [_per_element(~np.isfinite(a), elements) for a in arrays if a.dtype.kind == "f"]
+        if flags and (found := np.logical_or.reduce(flags) & np.asarray(present)).any():
+            index = tuple(int(i) for i in np.argwhere(found)[0])
+            kind = int(record.kind[index])
+            name, place, _ = known[entry.site.address][kind]
+            inputs = {n: p[index] for n, p in record.parameters[kind].items()}
+            density = float(record.log_density[index])
+            return Finding(path, place, index, what, name, inputs, record.value[index], density)
     return None
 
 
 def _per_element(flags: np.ndarray, elements: int) -> np.ndarray:
-    return np.asarray(flags.reshape(*flags.shape[:elements], -1).any(axis=-1))
+    return np.asarray(flags.any(axis=tuple(range(elements, flags.ndim))))
 
 
-def _inspected(site: Site, leaves: Any, visit: Visit) -> _Record:
-    """Return parameters, value and log density, each with the site's elements in front."""
+def _parameters(site: Site, leaves: Any) -> dict[str, Any]:
+    """Return a site's parameters, each with the site's elements in front."""
 
     def parameters(leaves: Any) -> dict[str, Any]:
         d = site.distribution(leaves)
@@ -140,6 +168,21 @@ def _inspected(site: Site, leaves: Any, visit: Visit) -> _Record:
                     found[name] = jnp.broadcast_to(jnp.sum(p), d.batch_shape)
         return found
 
-    named = lanes_of(site, parameters, leaves=leaves)
+    return lanes_of(site, parameters, leaves=leaves)
+
+
+def _kind(site: Site, named: dict[str, Any]) -> _Kind:
+    name = type(site.distribution([None] * site.structure.num_leaves)).__name__
+    return name, site.where, tuple((n, jnp.shape(p), jnp.result_type(p)) for n, p in sorted(named.items()))
+
+
+def _inspected(site: Site, leaves: Any, visit: Visit, kinds: list[_Kind]) -> _Record:
+    """Return parameters, value and log density, each with the site's elements in front; 0 for other distributions'."""
+    named = _parameters(site, leaves)
+    own = kinds.index(_kind(site, named))
+    parameters = tuple(
+        named if number == own else {n: jnp.zeros(shape, dtype) for n, shape, dtype in shapes}
+        for number, (*_, shapes) in enumerate(kinds)
+    )
     elements = lane_shape(site.lanes) + tuple(site.distribution([None] * site.structure.num_leaves).batch_shape)
-    return _Record(named, visit.value, jnp.broadcast_to(visit.log_density, elements))
+    return _Record(jnp.full(elements, own), parameters, visit.value, jnp.broadcast_to(visit.log_density, elements))

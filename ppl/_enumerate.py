@@ -26,8 +26,8 @@ from ._nesting import scope_address
 from ._observe import deterministic_p
 from ._sample import Site, along_elements, lanes_of, sample_p
 from ._support import density_in_support
-from ._table import has_sites, unfollowable
-from ._visitors import Partial, constraining, unconstraining
+from ._table import has_sites, place_of, unfollowable
+from ._visitors import Partial, bijection_onto, constraining, unconstraining
 
 
 class Lost(NamedTuple):
@@ -85,7 +85,7 @@ class Walk:
         if not has_sites(eqn):
             return [lost] * len(eqn.outvars) if lost else apply(eqn, values)
         if lost is not None:
-            raise ControlFlowError(f"marginalize_discrete: the sites at {_jax.place(eqn)} depend on {lost.reason}.")
+            raise ControlFlowError(f"marginalize_discrete: the sites at {place_of(eqn)} depend on {lost.reason}.")
         if eqn.primitive is sample_p:
             return [self._site(eqn.params["site"], values, given, counted, path, mask)]
         inner = _jax.called_jaxpr(eqn)
@@ -100,6 +100,9 @@ class Walk:
             return enumerate_scan(self, eqn, values, given, counted, path, mask)
         if (branches := branches_of(eqn)) is not None:
             return self._branches(branches, values, given, counted, path, mask)
+        if eqn.primitive.name == "marginal":  # what has been summed out before is summed out with the rest
+            self.hidden = self.hidden | {path + name for name in eqn.params["hidden"]}
+            return self.run(eqn.params["jaxpr"], values, given, counted, path, mask)
         raise unfollowable(eqn)
 
     def _branches(
@@ -220,7 +223,7 @@ class Walk:
                 f"marginalize_discrete: the support of {path!r} at {site.where} may depend on a choice that is summed "
                 "out. Give it fixed bounds."
             )
-        bijection = dist.biject_to(site.support)
+        bijection = bijection_onto(site, site.support)
         if self.mode == "unconstrain":
             return bijection.inv(own)
         value = bijection(own)

@@ -104,7 +104,12 @@ def enumerate_scan(
     after = {p: walk.variable(*walk.variables[p]) for p in form.before}
     if alpha is not None:
         walk.factors.append(Factor(alpha, _renamed(form.alpha, after)))
-    finals = [Lifted(c, _renamed(d, after)) for c, d in zip(last, form.carry, strict=True)]
+    names = dict(zip(done.states, form.before, strict=True))
+    outputs = done.outputs[:num_carry]
+    ends = [
+        _end(c, d, set(_renamed(o.depends, names)), loop) for c, d, o in zip(last, form.carry, outputs, strict=True)
+    ]
+    finals = [Lifted(end.array, _renamed(end.depends, after)) for end in ends]
     return [*finals, *(_stacked(y, o, done) for y, o in zip(ys, done.outputs[num_carry:], strict=True))]
 
 
@@ -146,7 +151,8 @@ def _step(loop: _Loop, form: _Form, carry: list[Any], alpha: Any, inputs: Any, x
         )
     states = sorted(n for n in depends if n > first)
     fresh = [n for n in range(first + 1, walk.numbers[0] + 1) if n not in states]
-    factors = eliminate(inner.factors, [*fresh, *form.before], walk.variables)
+    met = {n for factor in inner.factors for n in factor.depends}  # a scan inside has summed out its own
+    factors = eliminate(inner.factors, [n for n in (*fresh, *form.before) if n in met], walk.variables)
     joint = [f for f in factors if set(f.depends) & set(states)]
     rest = [f for f in factors if not set(f.depends) & set(states)]
     own = frozenset(range(first + 1, walk.numbers[0] + 1)) | set(form.before)
@@ -245,6 +251,14 @@ def _first_alpha(form: _Form, walk: Walk) -> Any:
             only = jnp.where(jnp.arange(walk.variables[n].num_values) == 0, 0.0, -jnp.inf)
             total = total + jnp.reshape(only, (-1, *(1,) * (total.ndim - position - 1)))
     return total
+
+
+def _end(array: Any, depends: Dependence, own: set[int], loop: _Loop) -> Lifted:
+    """Return the last carry without what only the first one depended on."""
+    if loop.eqn.params["length"] == 0:
+        return Lifted(array, depends)
+    index = tuple(slice(None) if n in own else 0 for n in sorted(depends))
+    return Lifted(array[index], {n: axes for n, axes in depends.items() if n in own})
 
 
 def _stacked(array: Any, output: Any, done: _Step) -> Any:

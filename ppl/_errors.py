@@ -40,6 +40,10 @@ class StrategyError(ExpectaxError, ValueError):
     """A gradient strategy does not fit the distribution or the place of its site."""
 
 
+class SoundnessError(StrategyError):
+    """A gradient estimator would be biased: the objective jumps in a value that is differentiated through."""
+
+
 class StorageError(ExpectaxError, ValueError):
     """A file is damaged, hostile, of another version or of another program."""
 

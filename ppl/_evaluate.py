@@ -181,7 +181,7 @@ def _at_site(eqn: Any, operands: Any, visitor: Visitor, source: Any, given: dict
         visit = visit._replace(record=own) if visitor.kind in _SCORING else visit
     log_density, log_weight = _counted(visit, extras.get("scale"), counted)
     if not isinstance(log_density, float):
-        log_density = jnp.sum(_jax.tag(log_density, site.address))
+        log_density = jnp.sum(_jax.tag(log_density, site.address, site.where))
     log_weight = log_weight if isinstance(log_weight, float) else jnp.sum(log_weight)
     choices = {} if "value" in extras and not visitor.fixed else {site.address: visit.record}
     present = {} if counted is None or not choices else {site.address: jnp.broadcast_to(counted, shape)}

@@ -7,6 +7,8 @@ these functions.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import os
 import sys
@@ -17,7 +19,7 @@ import equinox as eqx
 import jax
 from jax import core, lax
 from jax._src import effects
-from jax._src.core import no_axis_name
+from jax._src.core import no_axis_name, trace_ctx
 from jax._src.source_info_util import user_frames
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import source_info_util
@@ -35,6 +37,7 @@ _MACHINERY = (
     *(os.path.join(_ROOT, folder) + os.sep for folder in ("ppl", "vi", "inference")),
     *(os.path.dirname(os.path.abspath(str(package.__file__))) + os.sep for package in (jax, eqx)),
 )
+_staging: contextvars.ContextVar[Any] = contextvars.ContextVar("staging", default=None)  # the trace of a model
 
 
 def _primitives(*names: str) -> frozenset[Any]:
@@ -65,6 +68,11 @@ for _allowed in (
     effects.remat_allowed_effects,
 ):
     _allowed.add_type(SiteEffect)
+
+
+def is_array(value: Any) -> bool:
+    """Tell whether a value is an array, traced or not."""
+    return isinstance(value, jax.Array)
 
 
 def is_traced(value: Any) -> bool:
@@ -123,11 +131,25 @@ def scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """Run one equation on new arguments, keeping the user's line for errors and profiles."""
+def at_line_of(eqn: JaxprEqn) -> Any:
+    """Return a context in which what is traced has the user's line of an equation, for errors and profiles."""
     info = eqn.source_info
-    stack = source_info_util.current_name_stack() + info.name_stack
-    with source_info_util.user_context(info.traceback, name_stack=stack):
+    return source_info_util.user_context(
+        info.traceback, name_stack=source_info_util.current_name_stack() + info.name_stack
+    )
+
+
+def while_parts(eqn: JaxprEqn) -> tuple[Any, Any, int, int] | None:
+    """Return `(condition, body, constants of the condition, of the body)` of a while loop, else None."""
+    if eqn.primitive.name != "while":
+        return None
+    params = eqn.params
+    return params["cond_jaxpr"], params["body_jaxpr"], params["cond_nconsts"], params["body_nconsts"]
+
+
+def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """Run one equation on new arguments, keeping the user's line."""
+    with at_line_of(eqn):
         bound = eqn.primitive.get_bind_params(eqn.params)  # (subfuns, params) until JAX 0.9, one dict from 0.10
         subfuns, params = bound if isinstance(bound, tuple) else ((), bound)
         out = eqn.primitive.bind(*subfuns, *args, **params)
@@ -167,6 +189,34 @@ def place(eqn: JaxprEqn) -> str:
         if not frame.file_name.startswith(_MACHINERY):
             return f"{frame.file_name}:{frame.start_line}"
     return source_info_util.summarize(eqn.source_info).split(" (")[0]
+
+
+def is_machinery(file: str) -> bool:
+    """Tell whether a file belongs to the machinery of expectax, JAX and equinox."""
+    return file.startswith(_MACHINERY)
+
+
+# --- the trace of a model ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def staging() -> Iterator[None]:
+    """Mark the present trace as that of a model: its values are dead when the model has been traced."""
+    token = _staging.set(trace_ctx.trace)
+    try:
+        yield
+    finally:
+        _staging.reset(token)
+
+
+def dies_with_the_model(value: Any) -> bool:
+    """Tell whether a value is being traced by the model that is being staged, or by a trace inside it."""
+    if not is_traced(value) or _staging.get() is None:
+        return False
+    trace = value._trace
+    while trace is not None and trace is not _staging.get():
+        trace = getattr(trace, "parent_trace", None)
+    return trace is not None
 
 
 # --- primitives -------------------------------------------------------------------------------------------------
@@ -213,15 +263,22 @@ def zero_tangent(value: Any) -> Any:
     return ad.Zero(jax.typeof(value).to_tangent_aval())
 
 
-def tag(value: Any, address: str) -> Any:
-    """Return the value, marked in the jaxpr as belonging to an address; it costs nothing when compiled."""
-    return checkpoint_name(value, _TAG + address)
+def tag(value: Any, address: str, where: str) -> Any:
+    """Return the value, marked in the jaxpr as belonging to a site; it costs nothing when compiled."""
+    return checkpoint_name(value, f"{_TAG}{address}\n{where}")
 
 
 def tagged(eqn: JaxprEqn) -> str | None:
     """Return the address of a tag's equation, else None."""
+    found = tagged_site(eqn)
+    return None if found is None else found[0]
+
+
+def tagged_site(eqn: JaxprEqn) -> tuple[str, str] | None:
+    """Return `(address, file:line)` of a tag's equation, else None."""
     name = str(eqn.params.get("name", "")) if eqn.primitive.name == "name" else ""
-    return name[len(_TAG) :] if name.startswith(_TAG) else None
+    address, _, where = name[len(_TAG) :].rpartition("\n")
+    return (address, where) if name.startswith(_TAG) else None
 
 
 # --- keys -------------------------------------------------------------------------------------------------------

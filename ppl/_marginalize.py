@@ -154,8 +154,9 @@ def evaluate_marginal(eqn: Any, values: Any, visitor: Visitor, key: Any, given: 
     if visitor.kind in ("constrain", "unconstrain"):
         return run.walk(visitor.kind, given)
     raise ControlFlowError(
-        f"the sites of a program whose choices are summed out ({', '.join(map(repr, sorted(hidden)))}) have no densities "
-        "or draws of their own. Use the program itself, before marginalize_discrete."
+        f"at {_jax.caller()}: the sites of a program whose choices {', '.join(map(repr, sorted(hidden)))} are summed out "
+        "have no densities or draws of their own, which debug, site_log_densities, log_likelihood and objectives need. Use "
+        "the program itself, before marginalize_discrete."
     )
 
 

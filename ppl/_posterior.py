@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _jax
 from ._choices import check_addresses, check_values
-from ._errors import ShapeError, SupportError
+from ._errors import AddressError, ShapeError, SupportError
 from ._evaluate import Observed
 from ._masked import Masked, fill, pick
 from ._nested import Choices, leaves_of, merged, nested
@@ -50,6 +50,25 @@ class Posterior:
 
     program: Program
     observations: Choices
+
+    def given(self, observations: Choices) -> Posterior:
+        """Condition on more observations.
+
+        Args:
+            observations: nested dict of values of latents.
+
+        Raises:
+            AddressError: an address is unknown, or observed already.
+            ShapeError, SupportError: a value does not fit its site.
+        """
+        more = self.program.given(observations).observations
+        for path, _ in leaves_of(more):
+            if path in self._observed:
+                raise AddressError(
+                    f"given at {_jax.caller()}: site {path!r} is observed already. Condition the program itself on the new "
+                    "value: posterior.program.given({...})."
+                )
+        return Posterior(self.program, merged(self.observations, more))
 
     def log_density(self, latents: Choices) -> Float[Array, ""]:
         r"""Return the log joint density $\log p(z, y)$ at the latents.
@@ -206,7 +225,7 @@ class Posterior:
     def _continuous(self) -> Staged:
         staged = stage(self.program)
         for _, entry in leaves_of(self._latent_table(staged)):
-            if not jnp.issubdtype(entry.dtype, jnp.inexact):
+            if is_discrete(entry):
                 raise SupportError(
                     f"site {entry.site.address!r} at {entry.site.where} is discrete and has no unconstrained space. "
                     "Observe it, sum it out (ex.marginalize_discrete), or use importance sampling or VI."
@@ -227,6 +246,12 @@ class Posterior:
             if observed and not _partial(y, path):
                 given[path] = Observed(given[path])
         return merged(checked, nested(given.items()))
+
+
+def is_discrete(entry: Entry) -> bool:
+    """Tell whether a site takes separate values; a distribution of counts may still draw them as floats."""
+    support = entry.site.support
+    return not jnp.issubdtype(entry.dtype, jnp.inexact) or (support is not None and support.is_discrete)
 
 
 def _partial(observation: Any, path: str = "") -> bool:

@@ -47,7 +47,7 @@ def predictive(
     Raises:
         AddressError: a draw names no choice of the program.
         ShapeError: draws have no common leading axes.
-        ValueError: neither or both of `draws` and `num_samples` are given.
+        ValueError: neither or both of `draws` and `num_samples` are given, or one number is not positive.
 
     A second call with new draws of the same shapes compiles nothing.
 
@@ -69,6 +69,7 @@ def predictive(
         raise ValueError(f"predictive at {_jax.caller()} takes either draws or num_samples.")
     if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
         raise ValueError(f"predictive at {_jax.caller()}: num_samples is a positive whole number, got {num_samples!r}.")
+    _check_batch_size(batch_size, "predictive")
     program = _freed(program_of(target, "predictive"))
     observed = dict(leaves_of(target.observations)) if isinstance(target, Posterior) else {}
     table = stage(program).table
@@ -81,6 +82,11 @@ def predictive(
     found, possible = _predict(program, flat, jax.random.split(key, math.prod(leading)), batch_size)
     _check_possible(possible, leading, "predictive")
     return jax.tree.map(lambda v: jnp.reshape(v, (*leading, *v.shape[1:])), found)
+
+
+def _check_batch_size(batch_size: Any, what: str) -> None:
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"{what} at {_jax.caller()}: batch_size is a positive whole number, got {batch_size!r}.")
 
 
 @compiled
@@ -169,6 +175,8 @@ def log_likelihood(posterior: Posterior | Program, draws: Choices, *, batch_size
     Raises:
         AddressError: a draw names no latent, or a latent has no draw.
         ShapeError: draws have no common leading axes.
+        ValueError: `batch_size` is not a positive whole number.
+        ControlFlowError: the program is one of `marginalize_discrete`, which has no densities by site.
 
     Example:
         >>> import jax.numpy as jnp, expectax as ex
@@ -182,6 +190,7 @@ def log_likelihood(posterior: Posterior | Program, draws: Choices, *, batch_size
         (5, 3)
     """
     program_of(posterior, "log_likelihood")
+    _check_batch_size(batch_size, "log_likelihood")
     target: Posterior = posterior.given({}) if isinstance(posterior, Program) else posterior
     entries = target.latent_sites()
     leading, flat = _flattened(draws, entries, "log_likelihood")

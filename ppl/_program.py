@@ -27,8 +27,8 @@ from ._visitors import assessing, generating, rebinding
 class Program:
     """A model bound to its arguments: a measure over traces.
 
-    Made by calling a model. Arrays and Python floats among the arguments are data (new values cost no compilation);
-    integers, booleans, strings and other objects are fixed parts of the program.
+    Made by calling a model. Arrays and floats among the arguments are data (new values cost no compilation);
+    integers and booleans (numpy's scalars too), strings and other objects are fixed parts of the program.
 
     Example:
         >>> import jax, expectax as ex
@@ -227,6 +227,9 @@ def model(function: Callable[..., Any]) -> Model:
     Returns:
         A `Model`; `model(*args)` is a `Program`.
 
+    Raises:
+        TypeError: `function` is none.
+
     Example:
         >>> import jax, expectax as ex
         >>> from expectax import dist
@@ -236,4 +239,6 @@ def model(function: Callable[..., Any]) -> Model:
         >>> pair().simulate(jax.random.key(0)).choices["x"].shape
         (2,)
     """
+    if not callable(function):
+        raise TypeError(f"model at {_jax.caller()}: expected a function of a model's arguments, got {function!r}.")
     return Model(function)

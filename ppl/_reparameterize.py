@@ -14,11 +14,12 @@ import optax
 from numpyro import distributions as dist
 
 from . import _jax
+from ._compile import Fixed
 from ._dependence import dependences
 from ._errors import AddressError, DistributionError, SupportError
 from ._nested import Choices, leaves_of, nested
 from ._observe import deterministic
-from ._posterior import Posterior
+from ._posterior import Posterior, is_discrete
 from ._program import Program, model, program_of
 from ._rewrite import Place, rewritten
 from ._selection import chosen_by
@@ -87,12 +88,14 @@ def reparameterize(
             raise DistributionError(
                 f"reparameterize at {_jax.caller()}: site {path!r} (at {entry.site.where}) has no location and scale."
             )
-    new = _reparameterized(program, tuple(sorted(chosen)), float(centred)) if chosen else program
+    new = _reparameterized(program, tuple(sorted(chosen)), Fixed(float(centred))) if chosen else program
     return new.given(target.observations) if isinstance(target, Posterior) else new
 
 
 @model
-def _reparameterized(program: Program, paths: tuple[str, ...], centred: float) -> Any:
+def _reparameterized(program: Program, paths: tuple[str, ...], centred: Fixed) -> Any:
+    """`centred` is fixed, as a rule may not close over a traced value: parts of the program are traced by themselves."""
+
     def rule(place: Place) -> Any:
         if place.path not in paths:
             return place.bind()
@@ -101,7 +104,7 @@ def _reparameterized(program: Program, paths: tuple[str, ...], centred: float) -
                 f"reparameterize: site {place.path!r} at {place.site.where} has a scaled density, which a change of "
                 "variables does not keep. Reparameterize first, then scale."
             )
-        base, back = split(place.distribution, centred)
+        base, back = split(place.distribution, centred.value)
         return deterministic(place.address, back(place.bind(f"{place.address}_base", base)))
 
     return rewritten(program, rule)
@@ -152,8 +155,11 @@ def _automatic(posterior: Posterior, key: Any, num_draws: int = 32) -> list[str]
     """Return the latents that are better non-centred; see `reparameterize`."""
     check_key(key)
     for path, entry in leaves_of(posterior.latent_sites()):
-        if not jnp.issubdtype(entry.dtype, jnp.inexact):
-            raise SupportError(f"reparameterize: the automatic choice needs continuous latents; {path!r} is discrete.")
+        if is_discrete(entry):
+            raise SupportError(
+                f"reparameterize at {_jax.caller()}: the automatic choice needs continuous latents; {path!r} (at "
+                f"{entry.site.where}) is discrete."
+            )
     known = dependences(stage(posterior.program).jaxpr)
     latents = dict(leaves_of(posterior.latent_sites()))
     candidates = [

@@ -51,6 +51,9 @@ Renaming = Callable[[str], str | None]
 def rewritten(program: Any, rule: Rule, data: Choices | None = None, renaming: Renaming | None = None) -> Any:
     """Run a program's equations with a rule at every site; return what the program returns.
 
+    A rule must not close over traced values, for branches over lanes and marginal programs are traced by themselves:
+    what it needs goes by `data`.
+
     `data` is a nested dict by address; its leaves carry the site's time axes and lanes in front. `renaming` gives
     the new address of a nested model or of a recorded value, by its path; None drops a recorded value.
     """
@@ -86,6 +89,10 @@ class _Rewriting(NamedTuple):
             return values if new is None else [_recorded(eqn.params["site"], new, values[0])]
         if not has_sites(eqn):
             return _jax.bind(eqn, values)
+        with _jax.at_line_of(eqn):
+            return self._inside(eqn, values, data, path)
+
+    def _inside(self, eqn: Any, values: list[Any], data: Choices, path: str) -> list[Any]:
         inner = _jax.called_jaxpr(eqn)
         if (address := scope_address(eqn)) is not None:
             below = f"{path}{address}/"

@@ -17,6 +17,7 @@ from . import _jax
 from ._custom import as_distribution
 from ._distribution import Lane, align, draw_type, flatten, lane_shape, over, rebuild
 from ._errors import AddressError, ControlFlowError, DistributionError, OutsideModelError, ShapeError
+from ._mistakes import check_closed
 from ._nesting import nested_program
 from ._support import known_support
 
@@ -167,6 +168,7 @@ def bind_site(
         gradient, baseline = apart(gradient)
     d = as_distribution(distribution, address, where)
     leaves, structure = flatten(d)
+    check_closed(rebuild(structure, [None] * structure.num_leaves), address, where)
     one = draw_type(structure, leaves)
     if one.shape != tuple(d.shape()):
         raise DistributionError(

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from . import _jax
@@ -129,6 +130,11 @@ def _named(name: Any, index: Any, sites: dict[str, Entry], what: str) -> Chosen:
     if found != [name]:
         raise AddressError(
             f"{what} at {where}: {name!r} is a nested model; an index belongs to a site, such as {found[0]!r}."
+        )
+    if any(_jax.is_traced(part) for part in jax.tree.leaves(index)):
+        raise ShapeError(
+            f"{what} at {where}: the index of site {name!r} in a selection is being traced, but which elements are chosen "
+            "is a fixed part of the program. Take an int, or a numpy array, instead of a jax.jit or jax.vmap argument."
         )
     mask = np.zeros(sites[name].elements, bool)
     try:

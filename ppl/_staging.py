@@ -12,6 +12,7 @@ import numpy as np
 
 from . import _jax
 from ._evaluate import Outcome, Visitor, evaluate
+from ._mistakes import explained
 from ._nested import Choices
 from ._table import choices_of, site_table
 
@@ -38,10 +39,17 @@ class Staged(NamedTuple):
 
 
 def as_data(tree: Any) -> Any:
-    """Make arrays of the numpy arrays and floats in a tree; integers, strings and other objects stay as they are."""
-    return jax.tree.map(
-        lambda x: jnp.asarray(x) if isinstance(x, (float, complex, np.ndarray, np.generic)) else x, tree
-    )
+    """Make arrays of the numpy arrays and floats in a tree; whole numbers, strings and other objects stay fixed.
+
+    A whole number or boolean of numpy's becomes Python's.
+    """
+
+    def one(x: Any) -> Any:
+        if isinstance(x, (np.integer, np.bool_)):
+            return x.item()
+        return jnp.asarray(x) if isinstance(x, (float, complex, np.ndarray, np.generic)) else x
+
+    return jax.tree.map(one, tree)
 
 
 def stage(program: Program) -> Staged:
@@ -56,12 +64,14 @@ def stage(program: Program) -> Staged:
 
     def run(*leaves: Any) -> Any:
         args, kwargs = eqx.combine(jax.tree.unflatten(structure, leaves), program._fixed.value)
-        arrays, rest = eqx.partition(program.model.function(*args, **kwargs), eqx.is_array)
+        with _jax.staging():
+            arrays, rest = eqx.partition(program.model.function(*args, **kwargs), eqx.is_array)
         flat, tree = jax.tree.flatten(arrays)
         box.append((tree, rest))
         return flat
 
-    jaxpr = jax.make_jaxpr(run)(*arguments)
+    with explained():
+        jaxpr = jax.make_jaxpr(run)(*arguments)
     tree, rest = box[-1]
     return Staged(
         jaxpr, arguments, site_table(jaxpr), lambda outputs: eqx.combine(jax.tree.unflatten(tree, outputs), rest)

@@ -74,11 +74,6 @@ def feasible(d: dist.Distribution, value: Any) -> Any:
     return jnp.broadcast_to(jnp.asarray(support.feasible_like(value)), jnp.shape(value))
 
 
-def transform_of(d: dist.Distribution) -> Any:
-    """Return numpyro's bijection from unconstrained space onto the support of `d`."""
-    return dist.biject_to(d.support)
-
-
 def jacobian(transform: Any, unconstrained: Any, value: Any) -> Any:
     """Return the summed log absolute Jacobian determinant of a transform."""
     return jnp.sum(transform.log_abs_det_jacobian(unconstrained, value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from . import _jax
@@ -64,7 +64,7 @@ def site_table(jaxpr: Any, times: tuple[int, ...] = ()) -> Table:
         for address, entry in _entries(eqn, times).items():
             if address in table:
                 first, second = places[address], _place(eqn, entry)
-                again = " (a loop? use jax.vmap or lax.scan, or an f-string address)" if first == second else ""
+                again = _again(table[address], entry) if first == second else ""
                 raise AddressError(
                     f"address {address!r} is used twice in one model: at {first} and at {second}{again}. Give each site of a "
                     "model its own address, or call a nested model at an address of its own."
@@ -72,6 +72,17 @@ def site_table(jaxpr: Any, times: tuple[int, ...] = ()) -> Table:
             table[address] = entry
             places[address] = _place(eqn, entry)
     return table
+
+
+def _again(first: Any, second: Any) -> str:
+    """Say how one line of a model can come to be there twice."""
+    depths = [len(e.times) if isinstance(e, Entry) else None for e in (first, second)]
+    if depths[0] != depths[1]:
+        return (
+            " (lax.map with a batch_size that leaves a remainder writes its body twice: use a divisor of the length, "
+            "jax.vmap or lax.scan)"
+        )
+    return " (a loop? use jax.vmap or lax.scan, or an f-string address)"
 
 
 def _place(eqn: Any, entry: Any) -> str:
@@ -131,15 +142,16 @@ def _check_alike(address: str, found: list[Any]) -> None:
         if not same or (first.shape, first.dtype, first.elements) != (other.shape, other.dtype, other.elements):
             raise ShapeError(
                 f"address {address!r} stands in two branches with different meanings: {_described(first)} at "
-                f"{_where(first)} and {_described(other)} at {_where(other)}. Give them one shape and dtype, or two "
-                "addresses."
+                f"{_where(first)} and {_described(other)} at {_where(other)}. Give them one shape, event shape "
+                "and dtype (to_event makes batch axes an event), or two addresses."
             )
 
 
 def _described(entry: Any) -> str:
     if isinstance(entry, dict):
         return "a nested model"
-    return f"a {entry.kind} of shape {entry.shape} ({entry.dtype})"
+    event = entry.shape[len(entry.elements) :]
+    return f"a {entry.kind} of shape {entry.shape} ({entry.dtype}), event shape {event},"
 
 
 def _where(entry: Any) -> str:
@@ -163,6 +175,18 @@ def choices_of(table: Table) -> Table:
     return part(table, lambda entry: entry.kind == "choice")
 
 
+def place_of(eqn: Any) -> str:
+    """Return `file:line` of an equation with sites: that of the site, of the equation, or of the first site in it."""
+    if eqn.primitive in (sample_p, deterministic_p):
+        return eqn.params["site"].where
+    return _jax.place(eqn) or next((place_of(e) for e in _inside(eqn) if has_sites(e)), "unknown")
+
+
+def _inside(eqn: Any) -> Iterator[Any]:
+    for jaxpr in _jax.sub_jaxprs(eqn):
+        yield from _jax.close(jaxpr)[0].eqns
+
+
 def unfollowable(eqn: Any) -> ControlFlowError:
     """Return the error for sites inside an equation that no rule covers."""
     names = ", ".join(sorted({repr(a) for j in _jax.sub_jaxprs(eqn) for a in addresses(j, deterministic_p)}))
@@ -173,6 +197,6 @@ def unfollowable(eqn: Any) -> ControlFlowError:
         ),
     }.get(eqn.primitive.name, "Move the site out of it, or use vmap, scan, cond or jit.")
     return ControlFlowError(
-        f"site {names} at {_jax.place(eqn)} stands inside {eqn.primitive.name!r}, where sites cannot be followed "
+        f"site {names} at {place_of(eqn)} stands inside {eqn.primitive.name!r}, where sites cannot be followed "
         f"soundly. {remedy}"
     )

@@ -17,7 +17,7 @@ from ._choices import check_values
 from ._errors import AddressError, ShapeError, nearest
 from ._masked import Masked
 from ._nested import Choices, leaves_of, nested
-from ._observe import deterministic
+from ._observe import as_array, deterministic
 from ._program import Program, bound_program, model
 from ._rewrite import Place, rewritten
 from ._sample import check_address, sample
@@ -175,6 +175,7 @@ def scale(program: Program, factor: Any, selection: Selection | str | None = Non
     Raises:
         AddressError: the selection is unknown.
         ShapeError: the factor does not fit a site.
+        TypeError: the factor is no number or array of numbers.
 
     Example:
         >>> import expectax as ex
@@ -183,7 +184,8 @@ def scale(program: Program, factor: Any, selection: Selection | str | None = Non
         >>> round(float(ex.scale(normal(), 2.0).assess({"x": 0.0})[0]), 4)
         -1.8379
     """
-    return _scale(program, _spread(program, jnp.asarray(factor, jnp.result_type(float)), selection, "scale"))
+    number = as_array(factor, f"scale at {_jax.caller()}: the argument factor")
+    return _scale(program, _spread(program, number.astype(jnp.result_type(float)), selection, "scale"))
 
 
 @model
@@ -300,7 +302,17 @@ def rename(program: Program, addresses: Mapping[str, str]) -> Program:
             raise AddressError(f"rename at {_jax.caller()}: the program has no {old!r}.{nearest(old, paths)}")
         check_address(new, _jax.caller())
     renamed = _rename(program, tuple(sorted(addresses.items())))
-    stage(renamed)  # an address that is taken is refused here
+    try:
+        stage(renamed)  # an address that is taken is refused here; two branches may share one
+    except AddressError as error:
+        new = [old.rpartition("/")[0] + old.rpartition("/")[1] + new for old, new in addresses.items()]
+        taken = [
+            a for a in new if new.count(a) > 1 or a not in addresses and any(f"{p}/".startswith(f"{a}/") for p in paths)
+        ]
+        raise AddressError(
+            f"rename at {_jax.caller()}: the new address {' or '.join(map(repr, dict.fromkeys(taken)))} is taken: it would be used twice. Choose another, "
+            "or rename what has it too."
+        ) from error
     return renamed
 
 

@@ -70,7 +70,12 @@ def programs() -> st.SearchStrategy[tuple[tuple[Any, ...], int]]:
 
     The tree is a function of the seed: Hypothesis' own choices, made part by part, repeat each other.
     """
-    return st.integers(0, 2**32 - 1).map(lambda seed: (_program(random.Random(seed)), seed))
+    return st.integers(0, 2**32 - 1).map(example)
+
+
+def example(seed: int) -> tuple[tuple[Any, ...], int]:
+    """Return the body that a seed makes, and the seed."""
+    return _program(random.Random(seed)), seed
 
 
 def _program(rng: random.Random) -> tuple[Any, ...]:

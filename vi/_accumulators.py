@@ -65,8 +65,10 @@ def _linear(opened: Any, producers: dict[Any, int], value: Any) -> int | None:
     i = None if isinstance(value, _jax.Literal) else producers.get(value)
     if i is None:
         return None
-    eqn = opened.eqns[i]
-    same = eqn.primitive.name in ("convert_element_type", "copy") and eqn.invars[0].aval.dtype == value.aval.dtype
+    eqn: Any = opened.eqns[i]
+    same = eqn.primitive.name in ("convert_element_type", "copy") and jnp.result_type(
+        eqn.invars[0].aval
+    ) == jnp.result_type(value.aval)
     return i if same or eqn.primitive.name in ("add", "add_any") else None
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from expectax.ppl import _jax
 from expectax.ppl._branch import branches_of, clamped, guarded, select
 from expectax.ppl._errors import ControlFlowError
+from expectax.ppl._frames import written_out
 from expectax.ppl._masked import expand
 from expectax.ppl._nesting import scope_address
 from expectax.ppl._observe import deterministic_p
@@ -66,7 +67,8 @@ class _Flattener:
         sites = _jax.holds(eqn, sample_p, cost_p)
         if inner is not None and (sites or eqn.primitive in _jax.JIT):
             address = scope_address(eqn)
-            return self.run(inner, values, scope if address is None else f"{scope}{address}/", mask)
+            with written_out(eqn):
+                return self.run(inner, values, scope if address is None else f"{scope}{address}/", mask)
         if not sites:
             return _jax.bind(eqn, values)
         if eqn.primitive in _jax.SCAN:

@@ -21,6 +21,7 @@ from expectax.ppl._support import relaxed
 from ._boxes import Samples
 from ._flat import Strategies, planned
 from ._layout import Layout
+from ._soundness import check_soundness
 from ._strategy import biased
 from ._surrogate import Check, surrogate
 
@@ -109,6 +110,7 @@ class Objective:
 
         flat, layout = planned(jax.make_jaxpr(run)(*leaves), leaves, strategies)
         check_allowed(layout, self.allow)
+        check_soundness(flat, self.allow, len(jax.tree.leaves(eqx.filter(self.captured, eqx.is_array))))
         return Staged(layout, flat.consts, leaves)
 
     def __repr__(self) -> str:
