@@ -170,7 +170,8 @@ def _check_array(place: str, entry: Entry, value: Any, mask: Any = None) -> jax.
     if known and mask is not None:  # what is not given is not checked
         value = np.where(np.asarray(expand(mask, value)), np.asarray(value), np.zeros((), dtype))
     if jnp.issubdtype(entry.dtype, jnp.integer) and jnp.issubdtype(dtype, jnp.floating):
-        if not known and relaxed.get():
+        if not known and (complaints := relaxed.get()) is not None:
+            complaints.append(f"{place} is discrete ({entry.dtype}) but the value is {dtype}. Give integers.")
             return jnp.asarray(value)
         if not known or np.any(np.asarray(value) != np.round(np.asarray(value))):
             raise SupportError(

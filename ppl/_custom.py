@@ -130,7 +130,11 @@ def as_distribution(value: Any, address: str, where: str) -> dist.Distribution:
         return value
     has_density = hasattr(value, "log_prob") or hasattr(value, "log_density")
     if not isinstance(value, type) and hasattr(value, "sample") and has_density:
-        return UserDistribution(_sample_object, _object_density, getattr(value, "support", constraints.real), (value,))
+        smooth = getattr(value, "has_rsample", None)
+        if type(value).__module__.startswith("flowjax."):  # bijections of smooth noise, with comparisons inside
+            smooth = True
+        support = getattr(value, "support", constraints.real)
+        return UserDistribution(_sample_object, _object_density, support, (value,), smooth)
     raise DistributionError(
         f"site {address!r} at {where}: expected a numpyro distribution, an object with sample(key) and "
         f"log_prob(value), or a bound model, got {type(value).__name__}. Write sample({address!r}, dist.Normal(...)) "

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from numpyro import distributions as dist
 
@@ -46,6 +48,13 @@ class Site:
     def value_shape(self) -> tuple[int, ...]:
         """The shape of the site's choice: lanes (outermost first), batch, event."""
         return lane_shape(self.lanes) + self.shape
+
+    @property
+    def bare(self) -> Site:
+        """The site without extras; a baseline that is an operand stays `"operand"` in its strategy."""
+        count = self.structure.num_leaves
+        lanes = tuple(Lane(lane.size, lane.dims[:count]) for lane in self.lanes)
+        return dataclasses.replace(self, lanes=lanes, extras=())
 
     @property
     def fixed(self) -> bool:
@@ -92,9 +101,7 @@ class Site:
         """Return the site without extras, its leaves, and the extras with all lanes in front."""
         if not self.extras:
             return self, list(operands), {}
-        count = self.structure.num_leaves
-        lanes = tuple(Lane(lane.size, lane.dims[:count]) for lane in self.lanes)
-        site = dataclasses.replace(self, lanes=lanes, extras=())
+        count, site = self.structure.num_leaves, self.bare
         aligned = dict(zip(self.extras, align(self.lanes, operands)[count:], strict=True))
         extras = {name: self._spread(name, x) for name, x in aligned.items()}
         if "baseline" in extras:
@@ -206,7 +213,7 @@ def check_address(address: Any, where: str) -> None:
 
 def rebind(site: Site, operands: Any) -> Array:
     """Leave the site to the program that encloses the present one."""
-    if is_array(getattr(site.gradient, "baseline", None)):
+    if apart(site.gradient)[1] is not None:
         site, operands = _with_extras(site, operands, {})
     return sample_p.bind(*operands, site=site)
 
@@ -233,14 +240,9 @@ def _with_extras(bare: Site, leaves: Any, extras: dict[str, Array]) -> tuple[Sit
 def apart(strategy: Any) -> tuple[Any, Array | None]:
     """Take an array that a strategy has for a baseline out of it: sites are static, arrays are operands."""
     baseline = getattr(strategy, "baseline", None)
-    if not is_array(baseline):
+    if not isinstance(baseline, (jax.Array, np.ndarray)):
         return strategy, None
     return dataclasses.replace(strategy, baseline="operand"), jnp.asarray(baseline)
-
-
-def is_array(value: Any) -> bool:
-    """Tell arrays from numbers, names and None."""
-    return hasattr(value, "dtype") and hasattr(value, "shape")
 
 
 def _abstract(*_: Any, site: Site) -> Any:

@@ -13,8 +13,8 @@ from numpyro.distributions import constraints
 
 from . import _jax
 
-relaxed: contextvars.ContextVar[bool] = contextvars.ContextVar("relaxed", default=False)
-"""Whether discrete sites take values between, for gradient strategies that relax a choice."""
+relaxed: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("relaxed", default=None)
+"""In an objective, the complaints about discrete sites that were given floats; these are right if it relaxes a choice."""
 
 
 def whole_space(support: Any) -> bool:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from ._objective import Objective, log_density, simulate
-from ._shared import Guide, Target, check_particles, check_target, matched
+from ._shared import Guide, Target, check_particles, check_target, log_mean_exp, log_weights, matched
 
 
 def elbo(posterior: Target, guide: Guide) -> Objective:
@@ -77,10 +74,4 @@ def iwelbo(posterior: Target, guide: Guide, num_particles: int) -> Objective:
 
 def _iwelbo(posterior: Target, guide: Guide, num_particles: int, params: Any) -> Any:
     target = matched(posterior, guide, params)
-
-    def particle(_: Any) -> Any:
-        z, log_q = simulate(guide(params))
-        return log_density(target, z) - log_q
-
-    log_weights = jax.vmap(particle)(jnp.arange(num_particles))
-    return jax.nn.logsumexp(log_weights) - jnp.log(num_particles)
+    return log_mean_exp(log_weights(target, guide(params), num_particles))

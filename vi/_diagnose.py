@@ -24,6 +24,7 @@ from ._bounds import elbo
 from ._measure_valued import MVD
 from ._objective import Objective, log_weights_of
 from ._pareto import pareto_shape
+from ._semi_amortised import _semi_amortised
 from ._strategy import Enum, Reinforce, Reparam, Strategy, biased, pathwise
 
 _CANDIDATES: tuple[Strategy, ...] = (Reparam(), Enum(), MVD(), DisARM(), Reinforce(), Reinforce(baseline=None))
@@ -247,10 +248,13 @@ def _noise(mean: np.ndarray, variance: np.ndarray, seconds: float) -> Noise:
 
 def _weights(objective: Objective, params: Any, key: Any) -> tuple[float, dict[int, float]]:
     """Return k-hat of the guide's weights, and the bound by number of particles."""
-    if len(objective.captured) < 2 or not isinstance(objective.captured[0], Posterior):
+    of_other_parameters = objective.function is _semi_amortised  # its guide takes what the encoder returns
+    if len(objective.captured) < 2 or not isinstance(objective.captured[0], Posterior) or of_other_parameters:
         return math.nan, {}
     posterior, guide = objective.captured[:2]
-    log_weights = np.asarray(log_weights_of(elbo(posterior, guide), params, key, 4000), np.float64)
+    log_weights = np.asarray(
+        log_weights_of(elbo(posterior, guide).allowing(*objective.allow), params, key, 4000), np.float64
+    )
     bounds = {}
     for n in (1, 2, 5, 10, 20, 50, 100):
         blocks = log_weights.reshape(-1, n)

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from expectax.ppl import ControlFlowError, _jax
 from expectax.ppl._branch import branches_of
 
 _LINEAR = {
     "add", "add_any", "sub", "neg", "reduce_sum", "cumsum", "squeeze", "broadcast_in_dim", "reshape", "transpose", "copy",
-    "copy_p", "name", "expectation", "concatenate", "pad", "slice", "rev", "expand_dims", "convert_element_type",
+    "copy_p", "name", "expectation", "concatenate", "pad", "slice", "rev", "expand_dims",
     "stop_gradient", "split", "stack",
 }  # fmt: skip
 _BILINEAR = {"mul", "dot_general"}
@@ -120,6 +121,7 @@ def _equation(eqn: Any, inputs: list[Use], culprits: list[Any]) -> list[Use]:
     among = [n for n, use in enumerate(inputs) if use != Use.FREE]
     linear = name in _LINEAR or (name in _BILINEAR and len(among) == 1) or (name in _FIRST and among == [_FIRST[name]])
     linear = linear or (name == "select_n" and 0 not in among)
+    linear = linear or (name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact))
     if worst == Use.LINEAR and not linear:
         culprits.append(eqn)
     return [worst if linear else Use.OTHER] * len(eqn.outvars)

@@ -164,11 +164,12 @@ def flatten(
 
 def planned(jaxpr: Any, args: Any, strategies: Strategies | None = None) -> tuple[Any, Layout]:
     """Return a flat jaxpr with its layout, loops with sites that are enumerated jointly written out."""
-    flat, reasons = flatten(jaxpr, args, strategies=strategies)
-    check_linear(flat.jaxpr)
-    layout = Layout(flat.jaxpr, reasons)
-    jointly = frozenset(c.site.address for c in layout.choices if c.loops and c.mode == "jointly")
-    if not jointly:
-        return flat, layout
-    flat, reasons = flatten(jaxpr, args, jointly, strategies)
-    return flat, Layout(flat.jaxpr, reasons)
+    unrolled: frozenset[str] = frozenset()
+    while True:
+        flat, reasons = flatten(jaxpr, args, unrolled, strategies)
+        layout = Layout(flat.jaxpr, reasons)
+        jointly = frozenset(c.site.address for c in layout.choices if c.loops and c.mode == "jointly")
+        if not jointly:
+            check_linear(flat.jaxpr)
+            return flat, layout
+        unrolled |= jointly

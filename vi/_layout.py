@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from expectax.ppl import _jax
-from expectax.ppl._distribution import CATEGORICAL, ELEMENTWISE, Lane
+from expectax.ppl._distribution import CATEGORICAL, ELEMENTWISE
 from expectax.ppl._draw import lane_types
 from expectax.ppl._flow import Axes, Dependence, flow, lane_mover, merge, moved, of
 from expectax.ppl._flow_scan import flow_scan
@@ -118,7 +118,7 @@ class Layout:
     def _number(self, jaxpr: Any, loops: tuple[Loop, ...]) -> None:
         for eqn in _jax.close(jaxpr)[0].eqns:
             if eqn.primitive is sample_p:
-                site = bare(eqn.params["site"])
+                site = eqn.params["site"].bare
                 why = self._reasons.get(site.address, "")
                 types = lane_types(site.lanes, [v.aval for v in eqn.invars[: site.structure.num_leaves]])
                 choice = Choice(len(self.choices), site, site.gradient, loops, tuple(types), why=why)
@@ -175,10 +175,3 @@ def parameter_mover(site: Site, j: int, shape: tuple[int, ...]) -> Callable[[int
     batch = len(site.shape) - d.event_dim
     found = {a: len(site.lanes) + batch - (len(own) - last) + n for n, a in enumerate(own[: len(own) - last])}
     return lambda a: by_lane(a) if a not in found or shape[a] != site.value_shape[found[a]] else found[a]
-
-
-def bare(site: Site) -> Site:
-    """Return the static part of a site without its extras; an array that is its baseline stays `"operand"`."""
-    count = site.structure.num_leaves
-    lanes = tuple(Lane(lane.size, lane.dims[:count]) for lane in site.lanes)
-    return dataclasses.replace(site, lanes=lanes, extras=())

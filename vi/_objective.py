@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from expectax.ppl import AddressError, Posterior, Program, ShapeError, StrategyError, _jax
+from expectax.ppl import AddressError, Posterior, Program, ShapeError, StrategyError, SupportError, _jax
 from expectax.ppl._compile import compiled
 from expectax.ppl._errors import nearest
 from expectax.ppl._staging import as_data, check_key
@@ -108,7 +108,14 @@ class Objective:
                 raise ShapeError(f"{self!r} must return a scalar, but returned shape {jnp.shape(value)}.")
             return jnp.asarray(value, jnp.result_type(float))
 
-        flat, layout = planned(jax.make_jaxpr(run)(*leaves), leaves, strategies)
+        token = relaxed.set([])
+        try:
+            flat, layout = planned(jax.make_jaxpr(run)(*leaves), leaves, strategies)
+            complaints = relaxed.get()
+        finally:
+            relaxed.reset(token)
+        if complaints and not any(getattr(choice.strategy, "relaxed", False) for choice in layout.choices):
+            raise SupportError(complaints[0])
         check_allowed(layout, self.allow)
         check_soundness(flat, self.allow, len(jax.tree.leaves(eqx.filter(self.captured, eqx.is_array))))
         return Staged(layout, flat.consts, leaves)
@@ -235,11 +242,9 @@ def log_density(target: Program | Posterior, choices: Any) -> Float[Array, ""]:
         >>> round(float(vi.log_density(normal(), {"x": 0.0})), 4)
         -0.9189
     """
-    token = relaxed.set(True)
-    try:
-        return target.log_density(choices) if isinstance(target, Posterior) else target.assess(choices)[0]
-    finally:
-        relaxed.reset(token)
+    if isinstance(target, Posterior):
+        return target.log_density(choices)
+    return target.assess(choices)[0]
 
 
 def _loss(differentiable: Any, rest: Any, objective: Objective, key: Any, num_samples: int) -> Any:

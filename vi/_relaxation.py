@@ -10,16 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from expectax.ppl import StrategyError
 from expectax.ppl._flow import of
 
-from ._alternatives import dependent, rerun
+from ._alternatives import dependent, once, rerun
 from ._layout import Choice, Layout
 from ._run import Given, Record, Runner
-
-sg = lax.stop_gradient
 
 
 def relaxed_terms(
@@ -36,7 +33,8 @@ def relaxed_terms(
 
     free, bound = run(relaxation.free), run(relaxation.bound)
     scale = jnp.max(relaxation.scale)  # one number, which each lane has repeated
-    gains = {v: scale * ((z - sg(z)) - (c - sg(c))) for v, z, c in zip(terms, free, bound, strict=True)}
+    first_only = once(choice)
+    gains = {v: first_only(scale * (z - c)) for v, z, c in zip(terms, free, bound, strict=True)}
     return gains, {v: scale * c for v, c in zip(terms, bound, strict=True)}
 
 

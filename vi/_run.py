@@ -86,6 +86,9 @@ class Runner(NamedTuple):
         mask = extras.get("mask")
         if choice.number in self.branches:
             return self._enumerated(choice, site, leaves, mask)
+        beside = None
+        if takes_key(choice.site):
+            source, beside = jax.random.split(source)
         value = draw_site(site, leaves, source)
         if isinstance(choice.strategy, Reparam):
             record = Record()
@@ -96,7 +99,7 @@ class Runner(NamedTuple):
             score = counted(site.log_density(value, leaves), mask)
             record = Record(score=score, baseline=_numbers(choice, site))
         else:
-            value, record = _coupled(choice, site, leaves, sg(value), source, mask)
+            value, record = _coupled(choice, site, leaves, sg(value), beside, mask)
         if given is not None:
             value = jnp.where(expand(given.where, value), given.value, value)
         if self.checked:
@@ -195,7 +198,7 @@ def _local(site: Site, leaves: Any, mask: Any) -> Record:
 
 
 def _coupled(choice: Choice, site: Site, leaves: Any, value: Any, key: Any, mask: Any) -> tuple[Any, Record]:
-    """Let a strategy look at each lane of a draw; `key` is the one that made the draw."""
+    """Let a strategy look at each lane of a draw, with a key of its own."""
 
     def one(value: Any, key: Any, leaves: Any) -> Any:
         d = site.distribution(leaves)
@@ -212,8 +215,7 @@ def _coupled(choice: Choice, site: Site, leaves: Any, value: Any, key: Any, mask
 
 
 def own_key(key: Any) -> Any:
-    """Return a key beside the one of the draw, another one in each of the library's lanes."""
-    key = jax.random.fold_in(key, 1)
+    """Return another key in each of the library's lanes."""
     for name in _jax.lane_axes():
         key = jax.random.fold_in(key, _jax.axis_index(name))
     return key

@@ -7,12 +7,13 @@ import arviz
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
 import expectax as ex
 from expectax import dist, vi
-from expectax.ppl import AddressError, OutsideModelError, StrategyError
+from expectax.ppl import AddressError, ControlFlowError, OutsideModelError, StrategyError, SupportError
 from helpers import two_stage_z
 
 KEY = jax.random.key(20261128)
@@ -198,7 +199,7 @@ def test_rebar_is_unbiased_and_better_than_the_plain_score():
         cost = vi.objective(lambda p: jnp.sum(flips(6, strategy)(p) - 0.45) ** 2.0)
         return float(np.std(jax.jit(jax.vmap(lambda k: jax.grad(cost.surrogate)(P, k)))(jax.random.split(KEY, 4000))))
 
-    assert spread(vi.Rebar()) < 0.6 * spread(vi.Reinforce(baseline=None))
+    assert spread(vi.Rebar()) < 0.7 * spread(vi.Reinforce(baseline=None))
 
 
 def test_rebar_refuses_what_would_bias_it():
@@ -234,6 +235,19 @@ def test_relaxed_guides_of_models_with_discrete_latents(strategy):
         two_stage_z(lambda key, n: run(jax.random.split(key, n)), np.asarray(exact), KEY, 20_000)
 
 
+def test_a_float_for_a_discrete_site_is_refused_where_nothing_is_relaxed():
+    """Else a normal draw would be scored as a flip, and the number be meaningless."""
+    flip = ex.model(lambda: ex.sample("b", dist.Bernoulli(0.3)))
+    cost = lambda m: vi.log_density(flip(), {"b": ex.sample("x", dist.Normal(m, 1.0))})  # noqa: E731
+    with pytest.raises(SupportError, match="'b'.*discrete"):
+        vi.objective(cost).surrogate(0.0, KEY)
+
+
+def test_rebar_gives_first_derivatives_only():
+    with pytest.raises(StrategyError, match="'z'.*first derivatives only"):
+        jax.hessian(vi.objective(one_hot).surrogate)(jnp.array([0.3, -0.2, 0.5]), KEY)
+
+
 guide_of_one = ex.model(lambda p: ex.sample("b", dist.Bernoulli(p)))
 
 
@@ -242,6 +256,18 @@ def test_costs_outside_an_objective_are_refused():
         vi.add_cost(1.0)
     with pytest.raises(OutsideModelError, match="add_cost"):
         jax.jit(vi.add_cost)(1.0)
+
+
+def test_costs_in_a_loop_of_unknown_length_are_refused():
+    def cost(p: Any) -> Any:
+        def body(i: Any) -> Any:
+            vi.add_cost(p)
+            return i + 1
+
+        return 1.0 * lax.while_loop(lambda i: i < 3, body, 0)
+
+    with pytest.raises(ControlFlowError, match="while"):
+        vi.objective(cost).surrogate(P, KEY)
 
 
 # --- the diagnosis ----------------------------------------------------------------------------------------------------
@@ -287,6 +313,11 @@ def test_the_diagnosis_of_a_guide():
     assert all(a <= b + 1e-12 for a, b in itertools.pairwise(good.bounds.values()))
     bad = vi.diagnose(bound, {"m": 0.5, "s": 0.2}, KEY, num_estimates=50, try_others=False)
     assert bad.k_hat > 0.7 and any("k-hat" in line for line in bad.advice)
+    amortised = vi.semi_amortised(
+        model().given({"y": 1.0}), normal, lambda t: {"m": t, "s": 0.5 + 0.0 * t}, optax.sgd(0.1), 1
+    )
+    found = vi.diagnose(amortised, 0.3, KEY, num_estimates=20, try_others=False)
+    assert np.isnan(found.k_hat) and not found.bounds  # its guide takes other parameters
     with pytest.raises(ValueError, match="20"):
         vi.diagnose(bound, {"m": 0.5, "s": 0.2}, KEY, num_estimates=5)
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import soundness_cases
+import unsound_cases
 from numpyro.distributions import biject_to
 from scipy import stats
-from soundness_cases import INFINITE, SOUND, UNSOUND
+from sound_cases import SOUND
+from unsound_cases import INFINITE, UNSOUND
 
 import expectax as ex
 from expectax import dist, vi
@@ -52,7 +53,7 @@ def test_jumps_are_refused(case):
     with pytest.raises(SoundnessError, match="'(sub/)?x'") as caught:
         stage(objective(case, vi.Reparam()))
     message = str(caught.value)
-    assert f"soundness_cases.py:{number}" in message
+    assert f"unsound_cases.py:{number}" in message
     assert "vi.Reinforce()" in message and "allowing(" in message
 
 
@@ -103,15 +104,15 @@ def test_what_is_accepted_is_right(case):
 def test_indicator_of_a_normal_has_the_right_derivative():
     """d/dm P(x < 0.3) = -phi(0.3 - m): the pathwise estimate would be 0."""
     truth = -stats.norm.pdf(0.3 - float(P))
-    two_stage_z(gradients(objective(soundness_cases.indicator, REINFORCE)), np.asarray(truth), KEY, 50_000)
+    two_stage_z(gradients(objective(unsound_cases.indicator, REINFORCE)), np.asarray(truth), KEY, 50_000)
 
 
 @pytest.mark.parametrize("how", [vi.Reparam(), REINFORCE])
 def test_a_step_that_the_parameter_moves_is_refused_whatever_the_strategy(how):
     """d/dp E = (3 - p) / 2, of which neither strategy sees anything; but a kink there is right."""
-    case = soundness_cases.noise_against_a_parameter
+    case = unsound_cases.noise_against_a_parameter
     lines, start = inspect.getsourcelines(case)
-    with pytest.raises(SoundnessError, match=f"'x'.*soundness_cases.py:{start + len(lines) - 1}"):
+    with pytest.raises(SoundnessError, match=f"'x'.*unsound_cases.py:{start + len(lines) - 1}"):
         stage(objective(case, how))
     found = np.asarray(gradients(objective(case, how, {"x"}))(KEY, 1000))
     assert abs(found.mean() - (3.0 - float(P)) / 2.0) > 1.0
@@ -132,14 +133,14 @@ def test_stop_gradient_ends_the_dependence():
 
 
 def test_allow_names_sites():
-    case = soundness_cases.indicator
+    case = unsound_cases.indicator
     stage(objective(case, vi.Reparam(), {"x"}))
     with pytest.raises(AddressError, match="'xx'.*Did you mean 'x'"):
         stage(objective(case, vi.Reparam(), {"xx"}))
-    two = objective(soundness_cases.rounded_cost, vi.Reparam(), {"y"})
+    two = objective(unsound_cases.rounded_cost, vi.Reparam(), {"y"})
     with pytest.raises(SoundnessError, match="'x'"):
         stage(two)
-    stage(objective(soundness_cases.rounded_cost, vi.Reparam(), {"x", "y"}))
+    stage(objective(unsound_cases.rounded_cost, vi.Reparam(), {"x", "y"}))
 
 
 # --- refused elsewhere, before ----------------------------------------------------------------------------------------
