@@ -15,8 +15,8 @@ from expectax.ppl._match import check_guide
 from expectax.ppl._nested import Choices, merged
 
 from ._objective import Objective, simulate
+from ._relaxed import NoGradient
 from ._shared import check_particles, log_mean_exp
-from ._strategy import Reinforce
 
 ModelStep = Callable[[Any, Any], Program]
 GuideStep = Callable[[Any, Any, Choices], Program]
@@ -84,7 +84,8 @@ def fivo(
     lengths = {y.shape[:1] for y in jax.tree.leaves(observations)}
     if len(lengths) != 1 or lengths <= {(), (0,)}:
         raise ShapeError(f"fivo needs observations with one time axis in front, got lengths {sorted(lengths)}.")
-    return Objective(_fivo, (model_step, guide_step, observations, initial, num_particles, resampling_gradients))
+    captured = (model_step, guide_step, observations, initial, num_particles, resampling_gradients)
+    return Objective(_fivo, captured, allow=frozenset() if resampling_gradients else frozenset({"ancestor"}))
 
 
 def _fivo(
@@ -118,7 +119,8 @@ def _fivo(
 
 def _ancestors(log_w: Any, gradients: bool) -> Any:
     """Choose the particles that go on: a plain site, whose score is the gradient of resampling."""
-    logits, strategy = (log_w, None) if gradients else (lax.stop_gradient(log_w), Reinforce(baseline=None))
+    strategy = None if gradients else NoGradient()
+    logits = log_w if gradients else lax.stop_gradient(log_w)
     one = lambda _: sample("ancestor", dist.Categorical(logits=logits), gradient=strategy)  # noqa: E731
     return jax.vmap(one)(jnp.arange(log_w.size))
 

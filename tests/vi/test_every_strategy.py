@@ -182,8 +182,8 @@ def lane_truth(p: Any) -> Any:
 
 
 TRUTHS = {"in_vmap": lanes_truth, "lane_by_lane": lane_truth}
-# run by default: every strategy in one structure of each kind; the rest of the table is slow
-QUICK = {"top_level", "in_scan", "in_cond", "lane_by_lane"}
+# run by default: every strategy in a loop and in lanes; the rest of the table is slow
+QUICK = {"in_scan", "lane_by_lane"}
 TABLE = [
     pytest.param(s, n, id=f"{s}-{n}", marks=() if s in QUICK else pytest.mark.slow)
     for s, n in itertools.product(STRUCTURES, STRATEGIES)

@@ -65,6 +65,7 @@ def hidden_bound(steps: int, particles: int, gradients: bool = False) -> Any:
 TILT = {"tilt": 0.6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particles", [1, 3])
 def test_the_evidence_of_a_hidden_markov_model_is_unbiased(particles):
     """Catches a first step that is left out, weights carried over a resampling, resampling after the last step."""
@@ -98,6 +99,7 @@ def two_steps(tilt: Any, gradients: bool) -> Any:
     return jnp.sum(jax.vmap(term)(choices))
 
 
+@pytest.mark.slow
 def test_resampling_gradients_are_the_difference_between_unbiased_and_biased():
     """Value and gradient by enumeration of both forms, which differ: catches ancestors without, or with, a score."""
     truths = []
@@ -140,6 +142,7 @@ def series_log_evidence(decay: float) -> float:
     return kalman_log_evidence(decay * one, one, one, 0.25 * one, np.zeros(1), 0.0 * one, SERIES[:, None])
 
 
+@pytest.mark.slow
 def test_the_evidence_of_a_linear_normal_model_is_unbiased_and_the_bound_tightens():
     exact = series_log_evidence(DECAY)
     found = samples(series_bound(4), PARAMS)
@@ -174,6 +177,7 @@ def test_one_particle_is_the_elbo():
     two_stage_z(lambda k, n: filtered(k, n) - elbo(jax.random.fold_in(k, 1), n), np.zeros(4), KEY, 20_000)
 
 
+@pytest.mark.slow
 def test_model_and_guide_are_learned_by_the_filtering_bound():
     """The fitted decay is near the maximum of the Kalman filter's evidence."""
     grid = np.linspace(0.0, 1.5, 301)

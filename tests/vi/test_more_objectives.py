@@ -128,6 +128,7 @@ def test_renyi_of_alpha_0_is_the_iwelbo_and_of_alpha_1_the_elbo():
     assert abs(found(vi.renyi(learned, guide, 3, 0.99), start())[0] - elbo[0]) > 1e-5
 
 
+@pytest.mark.slow
 def test_renyi_falls_with_alpha():
     values = [found(vi.renyi(learned, guide, 3, alpha), start())[0] for alpha in (-1.0, 0.0, 0.5, 1.0, 2.0)]
     assert all(low < high for high, low in itertools.pairwise(values))
@@ -228,6 +229,7 @@ def test_wake_phases_are_self_normalised_importance_sampling(objective, term):
     assert np.all(mine[1 if objective is vi.wake_model else 2] == 0.0)
 
 
+@pytest.mark.slow
 def test_wake_sleep_is_both_phases_with_the_value_of_the_iwelbo():
     value = found(vi.iwelbo(learned, guide, 3), start())[0]
     phases = [found(vi.wake_guide(learned, guide, 3), start())[1], found(vi.wake_model(learned, guide, 3), start())[2]]
@@ -337,6 +339,7 @@ def test_thermodynamic_is_consistent():
     assert np.all(np.abs(draws.mean(0) - truth) < 5.0 * draws.std(0) / 10.0 + 3e-4)
 
 
+@pytest.mark.slow
 def test_thermodynamic_stays_below_the_iwelbo_and_rises_to_it():
     """For each draw, at any number of particles: the left sum of a rising derivative."""
     iwelbo = found(vi.iwelbo(learned, guide, 2), start())[0]

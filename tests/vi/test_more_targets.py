@@ -84,6 +84,7 @@ def test_the_encoder_of_a_semi_amortised_guide_is_fitted():
     assert abs(fit.params - 0.5) < 0.1
 
 
+@pytest.mark.slow
 def test_semi_amortised_samples_have_noise_of_their_own():
     """Catches one draw of the steps' noise for all samples, which would leave the mean's error as it is."""
     keys = jax.random.split(KEY, 40)
@@ -131,6 +132,7 @@ def test_laplace_is_exact_for_a_normal_posterior():
     np.testing.assert_allclose(np.cov(draws.T), LINE_COVARIANCE, atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("initial", [None, {"p": 0.99}])
 @pytest.mark.usefixtures("x64")
 def test_laplace_in_unconstrained_space(initial):
@@ -215,6 +217,7 @@ def test_one_particle_finds_the_mode():
     np.testing.assert_allclose(found["w"], LINE_MEAN[None], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_particles_find_mean_and_spread():
     found = vi.svgd(line(), optax.adam(0.05), key=KEY, num_particles=100, num_steps=1000)
     np.testing.assert_allclose(found["w"].mean(0), LINE_MEAN, atol=0.02)

@@ -81,6 +81,7 @@ def test_the_score_function_may_jump(case):
 BIASED = [case for case in UNSOUND if case.__name__ not in INFINITE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BIASED, ids=names(BIASED))
 def test_what_is_refused_is_biased(case):
     """Allowed, its pathwise gradient differs from the score-function one: a refusal of what is right would fail here."""
@@ -90,6 +91,7 @@ def test_what_is_refused_is_biased(case):
     assert abs(pathwise.mean() - score.mean()) > 5.0 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SOUND, ids=names(SOUND))
 def test_what_is_accepted_is_right(case):
     """Its pathwise gradient has the mean of the score-function gradient, which needs no continuity."""
