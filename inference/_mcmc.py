@@ -76,6 +76,7 @@ def mcmc(
     num_warmup: int = 1000,
     num_samples: int = 1000,
     num_chains: int = 4,
+    thinning: int = 1,
     initial: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> Chains:
@@ -88,6 +89,8 @@ def mcmc(
         num_warmup: adaptation steps, whose draws are dropped.
         num_samples: draws kept of each chain.
         num_chains: number of chains.
+        thinning: kernel steps per kept draw. The steps between are never stored; their divergences and integration
+            steps are counted, their acceptance rates averaged.
         initial: nested dict of latents to start every chain at; by default uniform in (-2, 2) on the unconstrained
             scale, tried again where the density is not finite.
         progress: show a progress bar; it does not change the draws.
@@ -114,9 +117,10 @@ def mcmc(
         True
     """
     check_key(key)
-    if min(num_samples, num_chains) < 1 or num_warmup < 0:
+    if min(num_samples, num_chains, thinning) < 1 or num_warmup < 0:
         raise ValueError(
-            f"need num_samples >= 1, num_chains >= 1 and num_warmup >= 0, got {num_samples}, {num_chains}, {num_warmup}."
+            f"need num_samples, num_chains and thinning >= 1 and num_warmup >= 0, got {num_samples}, {num_chains}, "
+            f"{thinning}, {num_warmup}."
         )
     key_start, key_warm, key_run = jax.random.split(key, 3)
     length, count = _even_chunks(num_samples)
@@ -131,7 +135,8 @@ def mcmc(
         keys = jax.vmap(lambda k: jax.random.split(k, num_samples))(jax.random.split(key_run, num_chains))
         pieces = []
         for chunk in range(count):
-            state, piece = _sample(posterior, kernel, keys[:, chunk * length : (chunk + 1) * length], state, parameters)
+            part = keys[:, chunk * length : (chunk + 1) * length]
+            state, piece = _sample(posterior, kernel, part, state, parameters, thinning)
             pieces.append(piece)
             if progress:
                 jax.block_until_ready(state)
@@ -223,7 +228,7 @@ def _warm_up(posterior: Posterior, kernel: Kernel, key: Any, start: Any, num_war
 
 
 @compiled
-def _sample(posterior: Posterior, kernel: Kernel, keys: Any, state: Any, parameters: Any) -> Any:
+def _sample(posterior: Posterior, kernel: Kernel, keys: Any, state: Any, parameters: Any, thinning: int) -> Any:
     log_density, constrain, _ = _target(posterior)
 
     def chain(keys: Any, state: Any, parameters: Any) -> Any:
@@ -236,12 +241,26 @@ def _sample(posterior: Posterior, kernel: Kernel, keys: Any, state: Any, paramet
                 "energy": info.energy,
                 "log_density": state.logdensity,
             }
+            return state, statistics
+
+        def kept(state: Any, key: Any) -> Any:
+            state, statistics = step(state, key) if thinning == 1 else thinned(state, key)
             return state, (state.position, statistics)
 
-        state, (positions, statistics) = lax.scan(step, state, keys)
+        def thinned(state: Any, key: Any) -> Any:
+            state, statistics = lax.scan(step, state, jax.random.split(key, thinning))
+            return state, {name: _over_steps(name, x) for name, x in statistics.items()}
+
+        state, (positions, statistics) = lax.scan(kept, state, keys)
         return state, (jax.vmap(constrain)(positions), statistics)
 
     return jax.vmap(chain)(keys, state, parameters)
+
+
+def _over_steps(name: str, values: Any) -> Any:
+    """Return one statistic of a kept draw from those of its steps."""
+    over = {"divergent": jnp.any, "acceptance_rate": jnp.mean, "num_integration_steps": jnp.sum}
+    return over[name](values) if name in over else values[-1]
 
 
 def _warn_divergent(chains: Chains) -> None:

@@ -80,6 +80,11 @@ def _equation(eqn: Any, inputs: list[Paths], path: str, taken: Paths, parents: d
         return [inputs[0].union(*cases) for cases in zip(*runs, strict=True)]
     if eqn.primitive.name == "marginal":
         return _marginal(eqn, inputs, path, taken, parents)
+    if eqn.primitive.name == "stochastic":
+        own = [path + name for name, _ in eqn.params["density"].entries]
+        for here in own:
+            parents[here] = parents.get(here, frozenset()) | joined | taken
+        return [frozenset(own)] * len(own)
     num_consts, num_carry = _jax.scan_sizes(eqn)
     cut = num_consts + num_carry
     carry = inputs[num_consts:cut]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from . import _jax
 from ._choices import check_values
@@ -100,7 +101,8 @@ def _weight(trace: Trace, staged: Staged, wanted: dict[str, Any], visitor: Visit
     for path, value in leaves_of(trace.choices):
         mask = wanted.get(path, False)
         if mask is not True:
-            mask = jnp.broadcast_to(jnp.asarray(mask), sites[path].elements)
+            library = jnp if _jax.is_traced(mask) else np  # what is known stays known under jit
+            mask = library.broadcast_to(library.asarray(mask), sites[path].elements)
             value = Masked(value, mask)
         given[path] = value
     return scalar(staged.run(visitor, None, nested(given.items())).log_weight)

@@ -48,7 +48,8 @@ class Visitor(NamedTuple):
 
     `everywhere`: run all branches of a `cond`, with masks, instead of the one that is taken. `fixed`: what the program
     observes enters the choices too. `kind` names the visitor, for programs whose sites cannot be visited one by one;
-    one of kind `generate` draws by `draw(site, leaves, source)`, or `draw_alike` for several sites at once.
+    one of kind `generate` draws by `draw(site, leaves, source)`, or `draw_alike` for several sites at once. One that
+    `binds` leaves the randomness of an estimated density to the enclosing program.
     """
 
     visit: Callable[[Site, list[Any], Any, Any, Any], Visit]
@@ -57,6 +58,7 @@ class Visitor(NamedTuple):
     kind: str = ""
     draw: Callable[..., Any] | None = None
     draw_alike: Callable[..., Any] | None = None
+    binds: bool = False
 
 
 class Outcome(NamedTuple):
@@ -248,6 +250,10 @@ def _inside(eqn: Any, values: Any, visitor: Visitor, found: Iterator[Any], given
         from ._marginalize import evaluate_marginal
 
         return evaluate_marginal(eqn, values, visitor, key, given, mask)
+    if eqn.primitive.name == "stochastic":
+        from ._stochastic import evaluate_stochastic
+
+        return evaluate_stochastic(eqn, values, visitor, key, given, mask)
     raise unfollowable(eqn)
 
 

@@ -347,10 +347,23 @@ def branches_of(eqn: JaxprEqn) -> tuple[Any, ...]:
     return tuple(eqn.params["branches"])
 
 
-def over_axis(jaxpr: ClosedJaxpr, axis: Any, in_axes: Sequence[int | None]) -> ClosedJaxpr:
-    """Return a jaxpr mapped over an axis that a vmap has just met; its outputs carry the axis in front."""
+def opened(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, list[Any]]:
+    """Return a jaxpr whose constants, which may be traced, are its first arguments; and the constants."""
+    consts = list(jaxpr.consts)
+
+    def run(*args: Any) -> Any:
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, args[: len(consts)]))(*args[len(consts) :])
+
+    types = [jax.ShapeDtypeStruct(jax.numpy.shape(x), jax.numpy.result_type(x)) for x in consts]
+    return jax.make_jaxpr(run)(*types, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jaxpr.in_avals)), consts
+
+
+def over_axis(
+    jaxpr: ClosedJaxpr, axis: Any, in_axes: Sequence[int | None], out_axes: Sequence[int] | int = 0
+) -> ClosedJaxpr:
+    """Return a jaxpr mapped over an axis that a vmap has just met; its outputs carry the axis in front, or as told."""
     named = {} if axis.name is None or axis.name is no_axis_name else {"axis_name": axis.name}
-    mapped = jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(in_axes), out_axes=0, axis_size=axis.size, **named)
+    mapped = jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(in_axes), out_axes=out_axes, axis_size=axis.size, **named)
     types = []
     for aval, dim in zip(jaxpr.in_avals, in_axes, strict=True):
         shape = aval.shape if dim is None else (*aval.shape[:dim], axis.size, *aval.shape[dim:])

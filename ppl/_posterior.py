@@ -14,14 +14,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from . import _jax
 from ._choices import check_addresses, check_values
 from ._errors import AddressError, ShapeError, SupportError
-from ._evaluate import Observed
+from ._evaluate import Observed, Visitor
 from ._masked import Masked, fill, pick
 from ._nested import Choices, leaves_of, merged, nested
 from ._program import Program
 from ._staging import Staged, check_key, scalar, stage
 from ._table import Entry
 from ._trace import Trace, finish
-from ._visitors import Partial, assessing, constraining, generating, recording, unconstraining
+from ._visitors import Partial, assessing, assessing_inside, constraining, generating, recording, unconstraining
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["program", "observations"], meta_fields=[])
@@ -70,18 +70,29 @@ class Posterior:
                 )
         return Posterior(self.program, merged(self.observations, more))
 
-    def log_density(self, latents: Choices) -> Float[Array, ""]:
+    def log_density(self, latents: Choices, key: PRNGKeyArray | None = None) -> Float[Array, ""]:
         r"""Return the log joint density $\log p(z, y)$ at the latents.
 
         Args:
             latents: nested dict with a value for every latent.
+            key: a typed key, for a density that is only estimated (`vi.marginal`); others need none.
 
         Raises:
             AddressError, ShapeError, SupportError: the latents do not fit the program.
+            DistributionError: the density is only estimated, and there is no key.
         """
+        if key is not None:
+            check_key(key)
+        return self._scored(latents, assessing, key)
+
+    def log_density_inside(self, latents: Choices) -> Float[Array, ""]:
+        """Return the log density inside an objective, whose estimator draws what an estimate needs."""
+        return self._scored(latents, assessing_inside)
+
+    def _scored(self, latents: Choices, visitor: Visitor, key: Any = None) -> Float[Array, ""]:
         staged = stage(self.program)
         given = self._complete(staged, latents, "log_density")
-        return scalar(staged.run(assessing, given=given).log_density)
+        return scalar(staged.run(visitor, key, given).log_density)
 
     def site_log_densities(self, latents: Choices) -> Choices:
         """Return the log density of every site, latent and observed, one number per scan step, lane and batch element.

@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from . import _jax
 from ._choices import check_values
 from ._compile import Fixed
-from ._evaluate import Outcome
+from ._evaluate import Outcome, Visitor
 from ._nested import Choices
 from ._nesting import nest
 from ._staging import as_data, check_key, scalar, stage
 from ._trace import Trace, finish
-from ._visitors import assessing, generating, rebinding
+from ._visitors import assessing, assessing_inside, generating, rebinding
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["_arrays"], meta_fields=["model", "_fixed"])
@@ -92,22 +92,33 @@ class Program:
         trace = self.simulate(key)
         return trace.choices, trace.log_density, trace.retval
 
-    def assess(self, choices: Choices) -> tuple[Float[Array, ""], Any]:
+    def assess(self, choices: Choices, key: PRNGKeyArray | None = None) -> tuple[Float[Array, ""], Any]:
         r"""Score a full set of choices.
 
         Args:
             choices: nested dict with a value for every site; shapes must be those of the sites.
+            key: a typed key, for a density that is only estimated (`vi.marginal`); others need none.
 
         Returns:
             `(log_density, retval)`; minus infinity outside the support.
 
         Raises:
             AddressError: an address is unknown or missing.
+            DistributionError: the density is only estimated, and there is no key.
             ShapeError, SupportError: a value does not fit its site.
         """
+        return self._assessed(choices, assessing, key)
+
+    def assess_inside(self, choices: Choices) -> tuple[Float[Array, ""], Any]:
+        """Score choices inside an objective, whose estimator draws what an estimated density needs."""
+        return self._assessed(choices, assessing_inside)
+
+    def _assessed(self, choices: Choices, visitor: Visitor, key: Any = None) -> tuple[Float[Array, ""], Any]:
+        if key is not None:
+            check_key(key)
         staged = stage(self)
         given = check_values(staged.table, choices, "assess", _jax.caller(), complete=True)
-        outcome = staged.run(assessing, given=given)
+        outcome = staged.run(visitor, key, given)
         return scalar(outcome.log_density), staged.returned(outcome.outputs)
 
     def generate(self, key: PRNGKeyArray, constraints: Choices) -> tuple[Trace, Float[Array, ""]]:
@@ -144,11 +155,11 @@ class Program:
         staged = stage(self)
         return Posterior(self, check_values(staged.table, observations, "given", _jax.caller()))
 
-    def rebind(self) -> Outcome:
-        """Run the program inside an objective, leaving its choices to the objective's estimator."""
+    def rebind(self, given: Choices | None = None) -> Outcome:
+        """Run the program inside an objective, leaving the choices that are not given to the objective's estimator."""
         staged = stage(self)
-        outcome = staged.run(rebinding)
-        return outcome._replace(log_density=scalar(outcome.log_density))
+        outcome = staged.run(rebinding, None, given)
+        return outcome._replace(log_density=scalar(outcome.log_density), log_weight=scalar(outcome.log_weight))
 
     def sites(self) -> Choices:
         """Return the nested dict of address to entry (shape, dtype, distribution, place) of the choices."""

@@ -22,6 +22,7 @@ class Entry(NamedTuple):
     times: tuple[int, ...]
     conditional: bool = False  # stands in a branch that may not be taken, or has a mask
     missing: int | None = None  # of a partly observed site: this entry stands for so many missing elements
+    estimated: bool = False  # its density is only estimated
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,6 +110,9 @@ def _entries(eqn: Any, times: tuple[int, ...]) -> Table:
         return _union([site_table(branch, times) for branch in branches])
     if eqn.primitive.name == "marginal":
         return _without(site_table(eqn.params["jaxpr"], times), frozenset(eqn.params["hidden"]))
+    if eqn.primitive.name == "stochastic":
+        entries = eqn.params["density"].entries
+        return nested((path, entry._replace(times=times + entry.times)) for path, entry in entries)
     raise unfollowable(eqn)
 
 
@@ -194,6 +198,10 @@ def unfollowable(eqn: Any) -> ControlFlowError:
         "while": (
             "How many steps it takes is not known, so its choices have no shape: use ex.bounded_while(..., max_steps=), "
             "or lax.scan or lax.fori_loop with a fixed number of steps."
+        ),
+        "stochastic": (
+            "These choices have one density together, estimated or summed, which this transformation would have to "
+            "change: apply it to the program that vi.marginal or vi.normalize is made of."
         ),
     }.get(eqn.primitive.name, "Move the site out of it, or use vmap, scan, cond or jit.")
     return ControlFlowError(

@@ -194,6 +194,8 @@ generating = Visitor(_generate, kind="generate", draw=lambda *site: draw_site(*s
 """`simulate`, `generate`."""
 assessing = Visitor(_assess, kind="assess")
 """`assess`."""
+assessing_inside = Visitor(_assess, kind="assess", binds=True)
+"""`vi.log_density`: an estimated density leaves its randomness to the objective."""
 weighing = Visitor(_weigh, kind="weigh")
 """The log density of some elements, and of what the program observes."""
 projecting = Visitor(_project, kind="project")

@@ -268,6 +268,17 @@ def test_lanes_by_score_are_charged_one_by_one():
     close(gradients, values / 0.25)
 
 
+def test_an_objective_that_is_no_number_is_refused():
+    """G1: results had to be scalar, which was met in JAX's own words."""
+
+    @vi.objective
+    def pair(m):
+        return jnp.stack([ex.sample("x", dist.Normal(m, 1.0)), m])
+
+    with pytest.raises(ex.ppl.ShapeError, match=r"must return a scalar, but returned shape \(2,\)"):
+        vi.value_and_grad(pair)(1.0, jax.random.key(0))
+
+
 def test_parameters_that_are_integers_get_no_gradient():
     """G2 (ADEV): integer arguments broke `grad_estimate`. Here E = m n + i_1 with the gradient n in m, None elsewhere."""
 

@@ -228,6 +228,39 @@ def test_a_chain_holds_its_latents_and_five_statistics():
     assert memory.temp_size_in_bytes < 200 * 1000 * 8  # one number for each datum and draw would take twice that
 
 
+class _Count(_Still):
+    """A kernel that goes up by one, diverges at every fifth step and counts its steps."""
+
+    def init(self, position: Any, log_density: Any) -> Any:
+        return _State(jnp.zeros_like(position), log_density(position))
+
+    def step(self, key: Any, state: Any, log_density: Any, parameters: Any) -> Any:
+        position = state.position + 1.0
+        info = _Info(position[0] % 5 == 0, position[0], 1)
+        return _State(position, state.logdensity), jax.tree.map(jnp.asarray, info)
+
+
+def test_thinning_keeps_every_third_draw_and_forgets_no_divergence():
+    """G2: thinning was after the fact. Here the steps between are not stored, and what they tell is kept."""
+
+    @ex.model
+    def one():
+        ex.sample("x", dist.Normal(0.0, 1.0))
+
+    run = functools.partial(
+        inference.mcmc, one().given({}), _Count(), key=KEY, num_warmup=0, num_chains=1, num_samples=4
+    )
+    with pytest.warns(RuntimeWarning, match="2 of 4"):
+        chains = run(thinning=3)
+    close(chains.choices["x"], [[3.0, 6.0, 9.0, 12.0]])
+    statistics = chains.statistics
+    assert statistics["divergent"].tolist() == [[False, True, False, True]]
+    assert statistics["num_integration_steps"].tolist() == [[3, 3, 3, 3]]
+    close(statistics["acceptance_rate"], [[2.0, 5.0, 8.0, 11.0]])
+    with pytest.raises(ValueError, match="thinning"):
+        run(thinning=0)
+
+
 # --- diagnostics ------------------------------------------------------------------------------------------------------
 
 RHO, NUM_DRAWS = 0.95, 20_000

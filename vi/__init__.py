@@ -1,5 +1,11 @@
 """Programmable variational inference: objectives as programs, and their unbiased gradient estimators."""
 
+from ._algorithm import Algorithm as Algorithm
+from ._algorithm import Run as Run
+from ._annealed import langevin as langevin
+from ._annealed import mcmc as mcmc
+from ._annealed import random_walk as random_walk
+from ._annealed import smc as smc
 from ._antithetic import DisARM as DisARM
 from ._bounds import elbo as elbo
 from ._bounds import iwelbo as iwelbo
@@ -12,11 +18,18 @@ from ._divergences import forward_kl as forward_kl
 from ._divergences import renyi as renyi
 from ._estimators import Estimators as Estimators
 from ._estimators import estimators as estimators
+from ._exact import exact as exact
 from ._expectation import expectation as expectation
 from ._fit import Fit as Fit
 from ._fit import fit as fit
+from ._hierarchical import diwhvi as diwhvi
+from ._hierarchical import hvi as hvi
+from ._hierarchical import iwhvi as iwhvi
+from ._importance import sir as sir
 from ._laplace import Laplace as Laplace
 from ._laplace import laplace as laplace
+from ._marginal import marginal as marginal
+from ._marginal import normalize as normalize
 from ._measure_valued import MVD as MVD
 from ._objective import Estimate as Estimate
 from ._objective import Objective as Objective

@@ -21,6 +21,7 @@ from expectax.ppl._masked import expand
 from expectax.ppl._nesting import scope_address
 from expectax.ppl._observe import deterministic_p
 from expectax.ppl._sample import Site, rebind, sample_p, with_mask
+from expectax.ppl._stochastic import stochastic_p
 from expectax.ppl._table import unfollowable
 
 from ._accumulators import scan_with_sums, sums_of
@@ -75,6 +76,9 @@ class _Flattener:
             return self._scan(eqn, values, scope, mask)
         if (branches := branches_of(eqn)) is not None:
             return self._branches(branches, values, scope, mask)
+        if eqn.primitive is stochastic_p:  # sampled by the objective itself, which asks for no weight
+            density = eqn.params["density"]
+            return self.run(density.draw, values[: density.cut], scope, mask)[1:]
         raise unfollowable(eqn)
 
     def _branches(self, branches: Any, values: list[Any], scope: str, mask: Any) -> list[Any]:

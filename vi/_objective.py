@@ -243,8 +243,8 @@ def log_density(target: Program | Posterior, choices: Any) -> Float[Array, ""]:
         -0.9189
     """
     if isinstance(target, Posterior):
-        return target.log_density(choices)
-    return target.assess(choices)[0]
+        return target.log_density_inside(choices)
+    return target.assess_inside(choices)[0]
 
 
 def _loss(differentiable: Any, rest: Any, objective: Objective, key: Any, num_samples: int) -> Any:

@@ -1,0 +1,416 @@
+"""Marginals and normalised targets: the joint identity, exactly, for every algorithm; nested; in lanes, loops, branches.
+
+The identity is checked by enumerating all random choices of an algorithm: for every value $x$ and every weight $w$,
+the mass that drawing gives to $(x, w)$ must be $e^w$ times the mass that scoring $x$ gives to $w$.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exact_runs import all_runs
+from jax import lax
+from scipy import stats
+
+import expectax as ex
+from expectax import dist, vi
+from expectax.ppl import AddressError, ControlFlowError, DistributionError
+
+KEY = jax.random.key(51)
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@ex.model
+def chain(p):
+    u = ex.sample("u", dist.Bernoulli(p))
+    ex.sample("x", dist.Bernoulli(0.2 + 0.5 * u))
+
+
+@ex.model
+def skewed():
+    ex.sample("u", dist.Bernoulli(0.8))
+
+
+@ex.model
+def by_x(x):
+    ex.sample("u", dist.Bernoulli(0.3 + 0.4 * x))
+
+
+@ex.model
+def two_layers(p):
+    inner = ex.sample("sub", vi.marginal(chain(p), "x", vi.sir(1)))
+    v = ex.sample("v", dist.Bernoulli(0.4))
+    ex.sample("y", dist.Bernoulli(0.1 + 0.3 * inner["x"] + 0.5 * v))
+
+
+def flip(log_density: Any, z: Any) -> Any:
+    """A kernel on bits: flip one of them, accept by Metropolis."""
+    (name,) = z
+    which = {name: 1 - z[name]}
+    accept = ex.sample("accept", dist.Bernoulli(jnp.exp(jnp.minimum(0.0, log_density(which) - log_density(z)))))
+    return {name: jnp.where(accept == 1, which[name], z[name])}
+
+
+class OneDraw:
+    """An algorithm of a user's own: one particle of a fixed proposal."""
+
+    def run(self, target):
+        z, log_r = vi.simulate(skewed())
+        log_p = vi.log_density(target, z)
+        return vi.Run(z, log_p, log_p - log_r)
+
+    def conditional(self, target, latents, log_density):
+        return log_density - vi.log_density(skewed(), latents)
+
+
+ALGORITHMS = {
+    "exact": vi.exact(),
+    "sir1": vi.sir(1),
+    "sir2": vi.sir(2),
+    "sir3": vi.sir(3),
+    "sir2_proposal": vi.sir(2, skewed()),
+    "sir2_informed": vi.sir(2, lambda kept: by_x(kept["x"])),
+    "own": OneDraw(),
+    "ais": vi.smc(1, flip, temperatures=[0.3, 1.0]),
+    "ais3": vi.smc(1, flip, temperatures=[0.2, 0.7, 1.0]),
+    "smc": vi.smc(2, flip, temperatures=[0.4, 1.0]),
+    "smc_proposal": vi.smc(2, flip, temperatures=[0.4, 1.0], proposal=skewed()),
+    "mcmc": vi.mcmc(flip, 2),
+    "sir_of_normalized": vi.sir(2, lambda kept: vi.normalize(chain(0.3).given({"x": kept["x"]}), vi.sir(2, skewed()))),
+}
+
+
+def masses(function: Any) -> dict[tuple, float]:
+    """Return the probability of each outcome of a keyless program, outcomes rounded."""
+    probabilities, outputs = all_runs(function)
+    total: dict[tuple, float] = {}
+    rows = np.stack([np.ravel(x) for x in jax.tree.leaves(outputs)], axis=1)
+    for p, row in zip(probabilities, rows, strict=True):
+        if p > 0:
+            label = tuple(np.round(row, 9))
+            total[label] = total.get(label, 0.0) + p
+    return total
+
+
+def check_identity(program: Any, values: list[Any]) -> None:
+    """Check the joint identity of a program with an estimated density, over all values of its choices."""
+    drawn = masses(lambda: vi.simulate(program))
+    scored: dict[tuple, float] = {}
+    for value in values:
+        for (log_w,), p in masses(lambda value=value: [vi.log_density(program, value)]).items():
+            label = (*np.round(np.ravel([np.ravel(v) for v in jax.tree.leaves(value)]), 9), log_w)
+            scored[label] = np.exp(log_w) * p
+    assert abs(sum(drawn.values()) - 1.0) < 1e-10
+    assert set(drawn) == set(scored)
+    for label, mass in drawn.items():
+        assert abs(mass - scored[label]) < 1e-9, label  # the labels' log weights are rounded to 1e-9
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_joint_identity_of_marginals(name):
+    """F6, F7, F8: a wrong weight of a draw, of a score, or a relation between them that is not that of the contract."""
+    if name in ("exact", "sir_of_normalized"):
+        check_identity_by_sums(vi.marginal(chain(0.3), "x", ALGORITHMS[name]), [{"x": 0}, {"x": 1}])
+    else:
+        check_identity(vi.marginal(chain(0.3), "x", ALGORITHMS[name]), [{"x": 0}, {"x": 1}])
+
+
+@pytest.mark.parametrize(
+    "name", ["exact", "sir1", "sir2", "sir3", "sir2_proposal", "own", "ais", "ais3", "smc", "mcmc"]
+)
+def test_the_joint_identity_of_normalised_targets(name):
+    """F9, with the same bugs in mind."""
+    program = vi.normalize(chain(0.3).given({"x": 1}), ALGORITHMS[name])
+    check_identity_by_sums(program, [{"u": 0}, {"u": 1}])
+
+
+def check_identity_by_sums(program: Any, values: list[Any]) -> None:
+    """As `check_identity`, with sums of test functions in place of rounded weights."""
+    p, (choices, log_w) = all_runs(lambda: vi.simulate(program))
+    assert abs(p.sum() - 1.0) < 1e-10
+    for value in values:
+        q, estimates = all_runs(lambda value=value: vi.log_density(program, value))
+        here = np.all(
+            [np.asarray(a) == b for a, b in zip(*map(jax.tree.leaves, (choices, value)), strict=True)], axis=0
+        )
+        for g in (np.ones_like, np.exp, lambda w: np.exp(-w), np.cos, lambda w: w**2):
+            left = np.sum(np.where(here, p * g(log_w), 0.0))
+            right = np.sum(q * np.exp(estimates) * g(estimates))
+            assert abs(left - right) < 1e-10
+
+
+@pytest.mark.parametrize("algorithm", [vi.sir(1), vi.sir(2)], ids=["sir1", "sir2"])
+def test_the_joint_identity_two_deep(algorithm):
+    """F10: a marginal inside a marginal, whose inner estimate enters the outer weights; hidden, and kept."""
+    check_identity_by_sums(vi.marginal(two_layers(0.3), "y", algorithm), [{"y": 0}, {"y": 1}])
+    kept = [{"sub": {"x": x}, "y": y} for x in (0, 1) for y in (0, 1)]
+    check_identity_by_sums(vi.marginal(two_layers(0.3), ["sub", "y"], algorithm), kept)
+
+
+def test_a_normalised_target_with_an_estimated_density():
+    """The estimate that weighs a particle is the one in the density of what is returned."""
+    target = two_layers(0.3).given({"y": 1, "v": 0})
+    check_identity_by_sums(vi.normalize(target, vi.sir(2, inner_guess())), [{"sub": {"x": 0}}, {"sub": {"x": 1}}])
+
+
+@ex.model
+def inner_guess():
+    ex.sample("sub", bit())
+
+
+@ex.model
+def bit():
+    ex.sample("x", dist.Bernoulli(0.6))
+
+
+# --- the densities themselves -----------------------------------------------------------------------------------
+
+
+@ex.model
+def normals(scale):
+    u = ex.sample("u", dist.Normal(0.0, scale))
+    ex.sample("x", dist.Normal(u, 1.0))
+
+
+@ex.model
+def guess(x):
+    ex.sample("u", dist.Normal(0.5 * x, 0.8))
+
+
+def log_mean_exp(w: Any) -> tuple[float, float]:
+    """Return the log of the mean of `exp(w)` and its standard error relative to the mean."""
+    values = np.exp(np.asarray(w))
+    return np.log(values.mean()), values.std() / values.mean() / len(values) ** 0.5
+
+
+@pytest.mark.parametrize("proposal", [None, lambda kept: guess(kept["x"])], ids=["prior", "custom"])
+@pytest.mark.parametrize("n", [1, 5])
+def test_the_marginal_of_normals(n, proposal):
+    """F6 and F7: the peer's -2.545 comes of a weight that forgets the proposal."""
+    program = vi.marginal(normals(1.0), "x", vi.sir(n, proposal))
+    keys = jax.random.split(KEY, 40_000)
+    score = jax.jit(jax.vmap(lambda k: program.assess({"x": 0.7}, key=k)[0]))
+    estimate, error = log_mean_exp(score(keys))
+    assert abs(estimate + 1.388) < 5 * error + 5e-4
+    if n == 1 and proposal is not None:
+        return  # 1/w has infinite variance
+    drawn = jax.jit(jax.vmap(vi.marginal(normals(0.5), "x", vi.sir(n, proposal)).simulate))(keys)
+    ratio = np.exp(stats.norm.logpdf(drawn["x"]) - drawn.log_density)
+    assert abs(ratio.mean() - 1.0) < 3.0 * ratio.std() / len(ratio) ** 0.5
+
+
+def test_the_posterior_of_a_normalised_target():
+    """F9: self-normalised importance sampling of N(.5, .5) with ten draws of N(0, 1) has the mean .475."""
+
+    @ex.model
+    def model():
+        z = ex.sample("z", dist.Normal(0.0, 1.0))
+        ex.sample("y", dist.Normal(z, 1.0))
+
+    program = vi.normalize(model().given({"y": 1.0}), vi.sir(10))
+    z = jax.jit(jax.vmap(program.simulate))(jax.random.split(KEY, 100_000))["z"]
+    assert abs(z.mean() - 0.475) < 5 * z.std() / len(z) ** 0.5 + 5e-4
+
+
+def test_an_exact_marginal_is_the_sum():
+    program = vi.marginal(chain(0.3), "x")
+    for x in (0, 1):
+        exact = 0.7 * stats.bernoulli.pmf(x, 0.2) + 0.3 * stats.bernoulli.pmf(x, 0.7)
+        assert abs(program.assess({"x": x})[0] - np.log(exact)) < 1e-12
+    assert abs(program.simulate(KEY).log_density - program.assess(program.simulate(KEY).choices)[0]) < 1e-12
+
+
+def test_a_chain_is_summed_by_the_forward_recursion():
+    """Without it, 3^60 terms."""
+    steps, states = 60, 3
+    transition = jnp.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.2, 0.3, 0.5]])
+    means = jnp.array([-1.0, 0.0, 2.0])
+
+    @ex.model
+    def hmm():
+        def step(k, _):
+            k = ex.sample("k", dist.Categorical(transition[k]))
+            ex.sample("y", dist.Normal(means[k], 1.0))
+            return k, None
+
+        lax.scan(step, 0, length=steps)
+
+    y = jnp.linspace(-2.0, 3.0, steps)
+    log_p, _ = vi.marginal(hmm(), "y", vi.exact()).assess({"y": y})
+    alpha = np.eye(states)[0]
+    total = 0.0
+    for value in np.asarray(y):
+        alpha = (alpha @ np.asarray(transition)) * stats.norm.pdf(value, np.asarray(means))
+        total += np.log(alpha.sum())
+        alpha /= alpha.sum()
+    assert abs(log_p - total) < 1e-9
+
+
+# --- as sites ---------------------------------------------------------------------------------------------------
+
+
+def test_lanes_have_auxiliary_draws_of_their_own():
+    """Lanes that shared one auxiliary draw would make the estimate of a product biased."""
+
+    @ex.model
+    def lanes(ps):
+        jax.vmap(lambda p: ex.sample("m", vi.marginal(chain(p), "x", vi.sir(1))))(ps)
+
+    ps = jnp.array([0.3, 0.6])
+    values = [{"m": {"x": jnp.array([a, b])}} for a in (0, 1) for b in (0, 1)]
+    check_identity_by_lanes(lanes(ps), values, ps)
+
+
+def check_identity_by_lanes(program: Any, values: Any, ps: Any) -> None:
+    for value in values:
+        q, estimates = all_runs(lambda value=value: vi.log_density(program, value))
+        x = np.ravel(jax.tree.leaves(value)[0])
+        p = 0.2 + 0.5 * np.asarray(ps)
+        exact = np.prod(np.where(x == 1, p, 1 - p))
+        assert abs(np.sum(q * np.exp(estimates)) - exact) < 1e-10
+        assert abs(q.sum() - 1.0) < 1e-10
+
+
+def test_steps_of_a_scan_have_auxiliary_draws_of_their_own():
+    @ex.model
+    def steps(ps):
+        lax.scan(lambda c, p: (c, ex.sample("m", vi.marginal(chain(p), "x", vi.sir(1)))["x"]), 0.0, ps)
+
+    ps = jnp.array([0.3, 0.6])
+    check_identity_by_lanes(steps(ps), [{"m": {"x": jnp.array([a, b])}} for a in (0, 1) for b in (0, 1)], ps)
+    trace = steps(ps).simulate(KEY)
+    assert trace["m/x"].shape == (2,)
+
+
+@pytest.mark.parametrize("how", ["vmap_of_scan", "scan_of_vmap"])
+def test_axes_of_lanes_and_time(how):
+    """Time first, then lanes: the axes of the choices and of the observations must be the same ones."""
+    scales = jnp.arange(1.0, 7.0).reshape(2, 3)
+
+    @ex.model
+    def wide(s):
+        u = ex.sample("u", dist.Bernoulli(0.5))
+        ex.sample("x", dist.Normal(1000.0 * s + u, 1e-3))
+
+    def site(s):
+        return ex.sample("m", vi.marginal(wide(s), "x", vi.exact()))["x"]
+
+    @ex.model
+    def grid(scales):
+        if how == "vmap_of_scan":  # lanes of the first axis, time along the second
+            return jax.vmap(lambda row: lax.scan(lambda c, s: (c, site(s)), 0.0, row)[1])(scales)
+        return lax.scan(lambda c, row: (c, jax.vmap(site)(row)), 0.0, scales)[1]
+
+    trace = grid(scales).simulate(KEY)
+    expected = scales.T if how == "vmap_of_scan" else scales
+    assert np.array_equal(np.round(trace["m/x"] / 1000.0), expected)
+    assert np.array_equal(np.round(trace.retval / 1000.0), scales)
+    assert abs(grid(scales).assess(trace.choices)[0] - trace.log_density) < 1e-9
+
+
+def test_branches_count_only_where_they_are_taken():
+    @ex.model
+    def branch():
+        b = ex.sample("b", dist.Bernoulli(0.25))
+        ex.cond(
+            b == 1,
+            lambda: ex.sample("m", vi.marginal(chain(0.3), "x", vi.exact()))["x"],
+            lambda: jnp.zeros((), jnp.result_type(int)),
+        )
+
+    exact = np.log(0.25) + np.log(0.35)
+    assert abs(branch().assess({"b": 1, "m": {"x": 1}})[0] - exact) < 1e-12
+    assert abs(branch().assess({"b": 0, "m": {"x": 1}})[0] - np.log(0.75)) < 1e-12
+
+
+def test_an_exact_marginal_is_a_likelihood_for_nuts():
+    """A mixture in a model: the gradient is that of the sum; a latent with its support fixed can be sampled too."""
+    data = jnp.array([-1.2, 0.8, 1.1, 5.0])
+
+    @ex.model
+    def component(mean):
+        k = ex.sample("k", dist.Bernoulli(0.3))
+        ex.sample("y", dist.Normal(mean + 3.0 * k, 1.0))
+
+    @ex.model
+    def mixture():
+        mean = ex.sample("mean", dist.Normal(0.0, 2.0))
+        jax.vmap(lambda _: ex.sample("obs", vi.marginal(component(mean), "y", vi.exact())))(data)
+
+    posterior = mixture().given({"obs": {"y": data}})
+
+    def exact(mean):
+        terms = jnp.stack([jnp.log(w) - 0.5 * (data - mean - s) ** 2 for w, s in ((0.7, 0.0), (0.3, 3.0))])
+        constant = -0.5 * jnp.log(2 * jnp.pi)
+        return jax.nn.logsumexp(terms + constant, axis=0).sum() - 0.5 * (mean / 2) ** 2 - jnp.log(2.0) + constant
+
+    for mean in (-0.5, 1.3):
+        value, slope = jax.value_and_grad(lambda m: posterior.unconstrained_log_density({"mean": m}))(mean)
+        assert abs(value - exact(mean)) < 1e-12
+        assert abs(slope - jax.grad(exact)(mean)) < 1e-12
+    latent = vi.marginal(mixture_of_scales(), "s", vi.exact())
+    u = 0.4
+    total = latent.given({}).unconstrained_log_density({"s": u})
+    assert abs(total - (latent.assess({"s": jnp.exp(u)})[0] + u)) < 1e-12
+
+
+@ex.model
+def mixture_of_scales():
+    k = ex.sample("k", dist.Bernoulli(0.3))
+    ex.sample("s", dist.LogNormal(1.0 * k, 1.0))
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+def test_what_needs_randomness_says_so():
+    program = vi.marginal(normals(1.0), "x", vi.sir(3))
+    with pytest.raises(DistributionError, match="key=key"):
+        program.assess({"x": 0.0})
+    with pytest.raises(DistributionError, match="'x'.*key=key"):
+        program.given({}).log_density({"x": 0.0})
+    assert np.isfinite(program.given({}).log_density({"x": 0.0}, key=KEY))
+    trace = program.simulate(KEY)
+    with pytest.raises(DistributionError, match="regenerate and project"):
+        trace.project("x")
+    new, weight, _ = trace.update(KEY, {"x": 0.3})
+    assert abs(new.log_density - trace.log_density - weight) < 1e-12
+
+
+def test_parts_of_a_joint_density_are_refused():
+    program = vi.marginal(two_layers(0.3), ["sub", "y"], vi.sir(2))
+    with pytest.raises(DistributionError, match="'sub/x'"):
+        program.generate(KEY, {"y": 1})
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: vi.marginal(chain(0.3), "z", vi.sir(1)), AddressError, "'z'"),
+        (lambda: vi.marginal(chain(0.3), ["x", "u"], vi.sir(1)), AddressError, "every choice"),
+        (lambda: vi.marginal(chain(0.3), [], vi.sir(1)), AddressError, "no choice"),
+        (lambda: vi.marginal(chain(0.3), "x", vi.sir), TypeError, "run"),
+        (lambda: vi.marginal(chain(0.3), "x", vi.SIR if hasattr(vi, "SIR") else int), TypeError, "run"),
+        (lambda: vi.marginal(chain, "x", vi.sir(1)), TypeError, "bound program"),
+        (lambda: vi.normalize(chain(0.3), vi.sir(1)), TypeError, "posterior"),
+        (lambda: vi.sir(0), ValueError, "num_particles"),
+        (lambda: vi.smc(2, flip, temperatures=[0.5, 0.2, 1.0]), ValueError, "rise to 1"),
+        (lambda: vi.smc(2, flip, temperatures=[0.5]), ValueError, "rise to 1"),
+        (lambda: vi.marginal(normals(1.0), "x", vi.exact()).assess({"x": 0.0}), ControlFlowError, "'u'"),
+        (
+            lambda: vi.marginal(normals(1.0), "x", vi.sir(2, skewed())).assess({"x": 0.0}, key=KEY),
+            ex.ppl.SupportError,
+            "'u'",
+        ),
+        (
+            lambda: vi.marginal(two_layers(0.3), "y", vi.smc(2, flip)).simulate(KEY),
+            DistributionError,
+            "'sub/x'",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

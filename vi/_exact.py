@@ -1,0 +1,118 @@
+"""Exact enumeration, as an algorithm for marginals and normalised targets with finite latents."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from expectax.ppl import ControlFlowError, Posterior, marginalize_discrete
+from expectax.ppl._evaluate import Visit, Visitor
+from expectax.ppl._finite import single_support
+from expectax.ppl._nested import Choices, leaves_of, merged, nested
+from expectax.ppl._staging import stage
+
+from ._algorithm import Run
+from ._importance import chosen
+from ._objective import log_density as score
+
+_MOST_TOGETHER = 2**14
+"""The most joint values that are enumerated to draw one of them."""
+
+
+class Exact(eqx.Module):
+    """Exact enumeration. Example: see `vi.exact`."""
+
+    def run(self, target: Posterior) -> Run:
+        """Draw from the posterior: one of all joint values, by their weights."""
+        values = _joint_values(target)
+        log_gamma = jax.vmap(lambda z: score(target, z))(values)
+        z, log_density = chosen((values, log_gamma), log_gamma)
+        return Run(z, log_density, jax.nn.logsumexp(log_gamma))
+
+    def conditional(self, target: Posterior, latents: Choices, log_density: Any) -> Any:
+        """Return the exact log evidence."""
+        del latents, log_density
+        return self.evidence(target)
+
+    def evidence(self, target: Posterior) -> Any:
+        """Sum all latents out, by variable elimination."""
+        hidden = [path for path, _ in leaves_of(target.latent_sites())]
+        return score(marginalize_discrete(target.program, hidden), target.observations)
+
+
+def exact() -> Exact:
+    r"""Exact enumeration: $\log Z = \log \sum_z \gamma(z)$ for latents of finite support.
+
+    A marginal is found by variable elimination: N independent lanes of K values cost N K, a chain in a `lax.scan` the
+    forward recursion, $T K^2$ (see `expectax.marginalize_discrete`). The density has no randomness: such a marginal
+    is an ordinary likelihood, also in NUTS. Drawing from a normalised target enumerates all joint values.
+
+    Returns:
+        An algorithm for `vi.marginal` and `vi.normalize`.
+
+    Raises:
+        ControlFlowError: at first use, if a latent has no finite support, or the joint values are too many to draw from.
+
+    Source: Zhang and Poole 1996; Rabiner 1989.
+
+    Example:
+        >>> import jax.numpy as jnp, expectax as ex
+        >>> from expectax import dist, vi
+        >>> @ex.model
+        ... def mixture():
+        ...     k = ex.sample("k", dist.Bernoulli(0.3))
+        ...     ex.sample("x", dist.Normal(4.0 * k, 1.0))
+        >>> round(float(vi.marginal(mixture(), "x", vi.exact()).assess({"x": 0.0})[0]), 4)
+        -1.2755
+    """
+    return Exact()
+
+
+def _joint_values(target: Posterior) -> Choices:
+    """Return all joint values of the latents, along a new first axis."""
+    latents = dict(leaves_of(target.latent_sites()))
+    supports, count = _supports(target, latents), 1
+    for path, entry in latents.items():
+        if entry.conditional or supports[path].shape[0] == 0:
+            raise ControlFlowError(
+                f"vi.exact: {path!r} at {entry.site.where} "
+                + ("stands in a branch or has a mask" if entry.conditional else "has no finite, known support")
+                + ", so that its values cannot be enumerated. Use vi.sir, or keep it."
+            )
+        count *= supports[path].shape[0] ** math.prod(entry.elements)
+        if count > _MOST_TOGETHER:
+            raise ControlFlowError(
+                f"vi.exact: drawing from the posterior enumerates all joint values, and those up to {path!r} at "
+                f"{entry.site.where} are more than {_MOST_TOGETHER}. Use vi.sir, or a model's own guide."
+            )
+    sizes = [supports[path].shape[0] for path, entry in latents.items() for _ in range(math.prod(entry.elements))]
+    table = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1).reshape(-1, len(sizes))
+    found, column = [], 0
+    for path, entry in latents.items():
+        number = math.prod(entry.elements)
+        own = supports[path][table[:, column : column + number]]
+        found.append((path, jnp.reshape(own, (len(table), *entry.shape)).astype(entry.dtype)))
+        column += number
+    return nested(found)
+
+
+def _supports(target: Posterior, latents: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that one element of each latent can take, with no row where they are not known."""
+    zeros = nested((path, jnp.zeros(entry.shape, entry.dtype)) for path, entry in latents.items())
+    given = merged(zeros, target.observations)
+    records = dict(leaves_of(stage(target.program).run(_listing, given=given).choices))
+    return {path: records[path][(0,) * len(entry.times)] for path, entry in latents.items()}
+
+
+def _list(site: Any, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
+    del source, mask
+    values = None if site.fixed else single_support(site, leaves)
+    return Visit(given, jnp.zeros(0) if values is None else jnp.asarray(values), 0.0, 0.0)
+
+
+_listing = Visitor(_list, kind="list")
