@@ -9,6 +9,8 @@ from ._mcmc import mcmc as mcmc
 from ._particle_filter import Filtered as Filtered
 from ._particle_filter import particle_filter as particle_filter
 from ._particles import Particles as Particles
+from ._pseudo_marginal import PseudoMarginal as PseudoMarginal
+from ._pseudo_marginal import pseudo_marginal as pseudo_marginal
 from ._resample import resample as resample
 from ._summary import Row as Row
 from ._summary import Summary as Summary

@@ -21,6 +21,7 @@ from expectax.ppl._staging import check_key
 
 from ._importance import blamed_site
 from ._kernels import Kernel
+from ._pseudo_marginal import PseudoMarginal
 from ._summary import Summary, summarize
 
 _TRIES = 100
@@ -70,7 +71,7 @@ class Chains(eqx.Module):
 
 def mcmc(
     posterior: Posterior,
-    kernel: Kernel,
+    kernel: Kernel | PseudoMarginal,
     *,
     key: PRNGKeyArray,
     num_warmup: int = 1000,
@@ -84,7 +85,7 @@ def mcmc(
 
     Args:
         posterior: the target; every latent must be continuous.
-        kernel: `nuts(...)` or `hmc(...)`.
+        kernel: `nuts(...)` or `hmc(...)`; `pseudo_marginal(...)` for a density that is only estimated.
         key: a typed key.
         num_warmup: adaptation steps, whose draws are dropped.
         num_samples: draws kept of each chain.
@@ -125,9 +126,9 @@ def mcmc(
     key_start, key_warm, key_run = jax.random.split(key, 3)
     length, count = _even_chunks(num_samples)
     with progress_bar(num_warmup + num_samples, kernel.name, progress) as advance:
-        start = _starts(posterior, key_start, num_chains, initial)
+        start = _starts(posterior, kernel, key_start, num_chains, initial)
         if not _jax.is_traced(start):
-            _check_starts(posterior, start)
+            _check_starts(posterior, kernel, start)
         state, parameters = _warm_up(posterior, kernel, key_warm, start, num_warmup)
         if progress:
             jax.block_until_ready(state)
@@ -147,6 +148,11 @@ def mcmc(
     return chains
 
 
+def takes_key(kernel: Any) -> bool:
+    """Tell whether a kernel asks for estimates of the density, by keys."""
+    return getattr(kernel, "takes_key", False)
+
+
 def _even_chunks(total: int, most: int = 20) -> tuple[int, int]:
     """Return `(length, number)` of at most `most` chunks that divide `total` evenly, so that one program serves all."""
     number = next(n for n in range(min(most, total), 0, -1) if total % n == 0)
@@ -154,19 +160,19 @@ def _even_chunks(total: int, most: int = 20) -> tuple[int, int]:
 
 
 def _target(posterior: Posterior) -> tuple[Callable[[Any], Any], Callable[[Any], Any], int]:
-    """Return the log density of a flat unconstrained vector, the map to latents, and the dimension."""
+    """Return the log density of a flat unconstrained vector (and a key), the map to latents, and the dimension."""
     shapes = posterior.unconstrained_shapes
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     flat, unravel = ravel_pytree(zeros)
     return (
-        lambda position: posterior.unconstrained_log_density(unravel(position)),
+        lambda position, key=None: posterior.unconstrained_log_density(unravel(position), key),
         lambda position: posterior.constrain(unravel(position)),
         flat.size,
     )
 
 
 @compiled
-def _starts(posterior: Posterior, key: Any, num_chains: int, initial: Any) -> Any:
+def _starts(posterior: Posterior, kernel: Any, key: Any, num_chains: int, initial: Any) -> Any:
     log_density, _, size = _target(posterior)
     if initial is not None:
         position = ravel_pytree(posterior.unconstrain(initial))[0]
@@ -175,7 +181,9 @@ def _starts(posterior: Posterior, key: Any, num_chains: int, initial: Any) -> An
     def draw(key: Any) -> Any:
         return jax.random.uniform(key, (size,), minval=-2.0, maxval=2.0)
 
-    def usable(position: Any) -> Any:
+    def usable(position: Any, key: Any) -> Any:
+        if takes_key(kernel):
+            return jnp.isfinite(log_density(position, key))
         value, gradient = jax.value_and_grad(log_density)(position)
         return jnp.isfinite(value) & jnp.all(jnp.isfinite(gradient))
 
@@ -186,16 +194,18 @@ def _starts(posterior: Posterior, key: Any, num_chains: int, initial: Any) -> An
             return key, draw(now), tries + 1
 
         def bad(carry: Any) -> Any:
-            _, position, tries = carry
-            return (tries < _TRIES) & ((tries == 0) | ~usable(position))
+            key, position, tries = carry
+            return (tries < _TRIES) & ((tries == 0) | ~usable(position, jax.random.fold_in(key, 1)))
 
         return lax.while_loop(bad, again, (key, jnp.zeros(size), 0))[1]
 
     return jax.vmap(one)(jax.random.split(key, num_chains))
 
 
-def _check_starts(posterior: Posterior, start: Any) -> None:
-    """Refuse to go on from a start whose density is not finite."""
+def _check_starts(posterior: Posterior, kernel: Any, start: Any) -> None:
+    """Refuse to go on from a start whose density is not finite; an estimate is judged when it is made."""
+    if takes_key(kernel):
+        return
     values = np.asarray(_densities(posterior, start))
     if np.isfinite(values).all():
         return
@@ -215,20 +225,21 @@ def _densities(posterior: Posterior, positions: Any) -> Any:
 
 
 @compiled
-def _warm_up(posterior: Posterior, kernel: Kernel, key: Any, start: Any, num_warmup: int) -> tuple[Any, dict[str, Any]]:
+def _warm_up(posterior: Posterior, kernel: Any, key: Any, start: Any, num_warmup: int) -> tuple[Any, dict[str, Any]]:
     log_density, _, size = _target(posterior)
 
     def one(key: Any, position: Any) -> Any:
         if num_warmup == 0:
             mass = jnp.eye(size) if kernel.dense_mass else jnp.ones(size)
-            return kernel.init(position, log_density), {"step_size": jnp.asarray(0.1), "inverse_mass_matrix": mass}
+            own = (key,) if takes_key(kernel) else ()
+            return kernel.init(*own, position, log_density), {"step_size": jnp.asarray(0.1), "inverse_mass_matrix": mass}
         return kernel.warm_up(key, position, log_density, num_warmup)
 
     return jax.vmap(one)(jax.random.split(key, start.shape[0]), start)
 
 
 @compiled
-def _sample(posterior: Posterior, kernel: Kernel, keys: Any, state: Any, parameters: Any, thinning: int) -> Any:
+def _sample(posterior: Posterior, kernel: Any, keys: Any, state: Any, parameters: Any, thinning: int) -> Any:
     log_density, constrain, _ = _target(posterior)
 
     def chain(keys: Any, state: Any, parameters: Any) -> Any:

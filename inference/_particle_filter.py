@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from expectax.ppl import ControlFlowError, Posterior, _jax
+from expectax.ppl import Posterior, _jax
 from expectax.ppl._compile import compiled
+from expectax.ppl._cut import cut_at_scan
 from expectax.ppl._evaluate import draws, evaluate, walk
 from expectax.ppl._inline import inline_calls
-from expectax.ppl._sample import sample_p
 from expectax.ppl._sources import sources
 from expectax.ppl._staging import check_key, stage
-from expectax.ppl._table import has_sites, site_table
+from expectax.ppl._table import site_table
 from expectax.ppl._visitors import generating
 
 from ._particles import Particles
@@ -115,43 +115,11 @@ def particle_filter(
     return _filter(posterior, key, num_particles, ess_threshold, method)
 
 
-class _Cut(NamedTuple):
-    """A flat model cut at its scan; `shared` are equations whose results no latent touches."""
-
-    shared: list[Any]
-    before: list[Any]
-    scan: Any
-    after: list[Any]
-    particle: set[Any]
-
-
-def _cut(jaxpr: Any) -> _Cut:
-    """Cut the equations at the scan, and find which variables differ between particles."""
-    scans = [e for e in jaxpr.eqns if e.primitive in _jax.SCAN and _jax.holds(e, sample_p)]
-    if len(scans) != 1:
-        places = ", ".join(_jax.place(e) for e in scans)
-        raise ControlFlowError(
-            f"particle_filter needs a model with exactly one lax.scan that holds sites, outside nested models; found "
-            f"{len(scans)}{': ' + places if places else ''}. Write the time axis as one scan."
-        )
-    at = jaxpr.eqns.index(scans[0])
-    cut = _Cut([], [], scans[0], [], set())
-    for number, eqn in enumerate(jaxpr.eqns):
-        touched = any(v in cut.particle for v in eqn.invars if not isinstance(v, _jax.Literal))
-        if number == at or touched or has_sites(eqn):
-            cut.particle.update(eqn.outvars)
-            if number != at:
-                (cut.before if number < at else cut.after).append(eqn)
-        else:
-            cut.shared.append(eqn)
-    return cut
-
-
 @compiled
 def _filter(posterior: Posterior, key: Any, num_particles: int, ess_threshold: float, method: Method) -> Filtered:
     staged = stage(posterior.program)
     jaxpr = inline_calls(staged.jaxpr, staged.arguments)
-    cut = _cut(jaxpr.jaxpr)
+    cut = cut_at_scan(jaxpr.jaxpr, "particle_filter")
     shared = _jax.Environment.of(jaxpr, staged.arguments)
     walk(cut.shared, shared, generating, iter(()), {})
     key_before, key_scan, key_after = jax.random.split(key, 3)

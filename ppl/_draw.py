@@ -80,6 +80,15 @@ def _split_sample(key: jax.Array, structure: Any, lanes: tuple[Lane, ...], leave
 
 
 def _implementation(key: jax.Array, *leaves: Any, structure: Any, inner: Any, outer: Any, **_: Any) -> jax.Array:
+    if (at := _shared_inside_lanes(outer)) is not None:
+        # all of a vmap that shares its noise sees what would be drawn without it: reruns depend on that
+        rest, dims = _moved_out(outer, at)
+
+        def one(key: jax.Array, leaves: Any) -> jax.Array:
+            return _implementation(key, *leaves, structure=structure, inner=inner, outer=rest)
+
+        mapped = jax.vmap(one, in_axes=(None, list(dims)), axis_size=outer[at].lane.size)
+        return jnp.moveaxis(mapped(key, list(leaves)), 0, len(rest) - at)
     lanes, rest = tuple(inner), list(outer)
     while rest and rest[0].key_dim is None and rest[0].axis is not None:
         lanes += (rest.pop(0).lane,)
@@ -90,6 +99,26 @@ def _implementation(key: jax.Array, *leaves: Any, structure: Any, inner: Any, ou
     for around in rest:
         sample = _vmapped(sample, around)
     return sample(key, list(leaves))
+
+
+def _shared_inside_lanes(outer: Any) -> int | None:
+    """Return the place of a vmap that shares its noise and has lanes of the library around it."""
+    library = [n for n, around in enumerate(outer) if around.key_dim is None and around.axis is not None]
+    shared = [n for n, around in enumerate(outer) if around.key_dim is None and around.axis is None]
+    return next((n for n in reversed(shared) if library and n < library[-1]), None)
+
+
+def _moved_out(outer: Any, at: int) -> tuple[tuple[KeyLane, ...], tuple[int | None, ...]]:
+    """Take one vmap out; return the others, and where its axes stand in the leaves when all are there."""
+    rest, places = list(outer[:at]), list(outer[at].lane.dims)
+    for around in outer[at + 1 :]:
+        dims = list(around.lane.dims)
+        for j, (dim, place) in enumerate(zip(dims, places, strict=True)):
+            if dim is not None and place is not None:
+                places[j] = place + (dim <= place)
+                dims[j] = dim - (places[j] < dim)
+        rest.append(around._replace(lane=Lane(around.lane.size, tuple(dims))))
+    return tuple(rest), tuple(places)
 
 
 def _vmapped(sample: Any, around: KeyLane) -> Any:

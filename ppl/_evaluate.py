@@ -49,7 +49,8 @@ class Visitor(NamedTuple):
     `everywhere`: run all branches of a `cond`, with masks, instead of the one that is taken. `fixed`: what the program
     observes enters the choices too. `kind` names the visitor, for programs whose sites cannot be visited one by one;
     one of kind `generate` draws by `draw(site, leaves, source)`, or `draw_alike` for several sites at once. One that
-    `binds` leaves the randomness of an estimated density to the enclosing program.
+    `binds` leaves the randomness of an estimated density to the enclosing program; one that is `weightless` only wants
+    the values.
     """
 
     visit: Callable[[Site, list[Any], Any, Any, Any], Visit]
@@ -59,6 +60,7 @@ class Visitor(NamedTuple):
     draw: Callable[..., Any] | None = None
     draw_alike: Callable[..., Any] | None = None
     binds: bool = False
+    weightless: bool = False
 
 
 class Outcome(NamedTuple):

@@ -21,11 +21,18 @@ class Rule(NamedTuple):
     transform: Callable[[Any, Any], Any]
 
 
+_MANY_CATEGORIES = 64
+
+
 def _categorical(weights: Any, u: Any) -> Any:
     """Invert the distribution function: category i has the interval between its cumulated weights."""
     cumulated = jnp.cumsum(weights, axis=-1)
-    level = u[..., None] * cumulated[..., -1:]
-    return jnp.clip(jnp.sum(cumulated <= level, axis=-1), 0, weights.shape[-1] - 1)
+    level = u * cumulated[..., -1]
+    if weights.ndim > 1 or weights.size < _MANY_CATEGORIES:
+        index = jnp.sum(cumulated <= level[..., None], axis=-1)
+    else:  # counting takes as many steps as there are categories, for each of perhaps as many lanes
+        index = jnp.searchsorted(cumulated, level, side="right", method="scan_unrolled")
+    return jnp.clip(index, 0, weights.shape[-1] - 1)
 
 
 _RULES: dict[type, Rule] = {

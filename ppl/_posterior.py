@@ -21,7 +21,7 @@ from ._program import Program
 from ._staging import Staged, check_key, scalar, stage
 from ._table import Entry
 from ._trace import Trace, finish
-from ._visitors import Partial, assessing, assessing_inside, constraining, generating, recording, unconstraining
+from ._visitors import Partial, assessing, assessing_inside, constraining, constraining_values, generating, recording, unconstraining
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["program", "observations"], meta_fields=[])
@@ -172,7 +172,7 @@ class Posterior:
         Returns:
             The latents.
         """
-        return self.latents(self._constrained(unconstrained).choices)
+        return self.latents(self._constrained(unconstrained, constraining_values).choices)
 
     def unconstrain(self, latents: Choices) -> Choices:
         """Map latents out of their supports onto the reals: the inverse of `constrain`.
@@ -184,7 +184,9 @@ class Posterior:
         given = self._complete(staged, latents, "unconstrain", observed=True)
         return self.latents(staged.run(unconstraining, given=given).choices)
 
-    def unconstrained_log_density(self, unconstrained: Choices) -> Float[Array, ""]:
+    def unconstrained_log_density(
+        self, unconstrained: Choices, key: PRNGKeyArray | None = None
+    ) -> Float[Array, ""]:
         r"""Return $\log p(z(u), y) + \log|\det \partial z / \partial u|$.
 
         A latent that is not made (in a branch, or masked) has a standard normal density in its place, so that the
@@ -192,8 +194,9 @@ class Posterior:
 
         Args:
             unconstrained: nested dict, shaped as `unconstrain` returns it.
+            key: a typed key, for a density that is only estimated (`vi.marginal`); others need none.
         """
-        outcome = self._constrained(unconstrained)
+        outcome = self._constrained(unconstrained, constraining, key)
         total = scalar(outcome.log_weight)
         present = dict(leaves_of(outcome.present))
         for path, u in leaves_of(unconstrained):
@@ -211,7 +214,7 @@ class Posterior:
         """Show the program and the shapes of the observations."""
         return f"<posterior of {self.program!r} given {eqx.tree_pformat(self.observations)}>"
 
-    def _constrained(self, unconstrained: Choices) -> Any:
+    def _constrained(self, unconstrained: Choices, visitor: Visitor, key: Any = None) -> Any:
         staged = self._continuous()
         check_addresses(
             self._latent_table(staged), unconstrained, "unconstrained latents", _jax.caller(), True, staged.table
@@ -227,7 +230,7 @@ class Posterior:
         for path, u in leaves_of(unconstrained):
             y = given.get(path)
             given[path] = u if y is None else _spread(u, y.value)
-        return staged.run(constraining, given=nested(given.items()))
+        return staged.run(visitor, key, nested(given.items()))
 
     @property
     def _observed(self) -> set[str]:

@@ -156,6 +156,8 @@ def evaluate_stochastic(eqn: Any, values: Any, visitor: Visitor, key: Any, given
         return _unconstrained(density, asked, mask)
     choices, log_jacobian = _in_space(density, asked, visitor, mask)
     safe = [_possible(entry, x, mask) for (_, entry), x in zip(density.entries, choices, strict=True)]
+    if visitor.weightless:
+        return _outcome(density, choices, choices, 0.0, 0.0, mask)
     log_weight = _estimated(density, [*others, *safe], visitor, key, mask)
     total = _total(log_weight, mask)
     records = choices if visitor.kind != "record" else [_elementwise(density, log_weight)]

@@ -208,5 +208,7 @@ rebinding = Visitor(_rebind, everywhere=True, kind="rebind")
 """`vi.simulate`."""
 constraining = Visitor(_constrain, kind="constrain")
 """From unconstrained space into the support."""
+constraining_values = Visitor(_constrain, kind="constrain", weightless=True)
+"""The same, for the values alone."""
 unconstraining = Visitor(_unconstrain, kind="unconstrain")
 """Out of the support into unconstrained space."""

@@ -20,12 +20,15 @@ from ._estimators import Estimators as Estimators
 from ._estimators import estimators as estimators
 from ._exact import exact as exact
 from ._expectation import expectation as expectation
+from ._filter import bootstrap_filter as bootstrap_filter
 from ._fit import Fit as Fit
 from ._fit import fit as fit
 from ._hierarchical import diwhvi as diwhvi
 from ._hierarchical import hvi as hvi
 from ._hierarchical import iwhvi as iwhvi
 from ._importance import sir as sir
+from ._joint_identity import JointIdentity as JointIdentity
+from ._joint_identity import check_joint_identity as check_joint_identity
 from ._laplace import Laplace as Laplace
 from ._laplace import laplace as laplace
 from ._marginal import marginal as marginal

@@ -30,7 +30,7 @@ from expectax.ppl._nesting import nest
 from expectax.ppl._staging import as_data
 
 from ._algorithm import Proposal, Run
-from ._importance import chosen
+from ._importance import ancestors, chosen
 from ._objective import log_density as score
 from ._shared import check_particles, log_mean_exp
 
@@ -118,7 +118,8 @@ class _Path:
             cloud, log_z = carry
             change, beta, following = inputs
             log_w = change * jax.vmap(self.log_ratio)(cloud)
-            cloud = jax.vmap(self.move, (0, None))(_resampled(cloud, log_w), beta)
+            index = ancestors(log_w) if log_w.size > 1 else jnp.zeros(1, int)
+            cloud = jax.vmap(self.move, (0, None))(jax.tree.map(lambda x: x[index], cloud), beta)
             if following is not None:
                 cloud = jax.tree.map(lambda x, path: x.at[0].set(path), cloud, following)
             return (cloud, log_z + log_mean_exp(log_w)), None
@@ -128,14 +129,6 @@ class _Path:
         (cloud, log_z), _ = lax.scan(step, (cloud, jnp.zeros((), self.betas.dtype)), inputs)
         log_w = self.steps[-1] * jax.vmap(self.log_ratio)(cloud)
         return cloud, log_w, log_z + log_mean_exp(log_w)
-
-
-def _resampled(cloud: Choices, log_w: Any) -> Choices:
-    if log_w.size == 1:
-        return cloud
-    possible = jnp.where(jnp.any(jnp.isfinite(log_w)), log_w, 0.0)
-    ancestors = jax.vmap(lambda _: sample("ancestor", dist.Categorical(logits=possible)))(jnp.arange(log_w.size))
-    return jax.tree.map(lambda x: x[ancestors], cloud)
 
 
 def _refuse_estimates(proposal: Proposal, target: Posterior) -> None:

@@ -52,9 +52,17 @@ class SIR(eqx.Module):
 
 def chosen(particles: Any, log_w: Any) -> Any:
     """Choose a particle by its weight; any, if all are impossible."""
-    possible = jnp.any(jnp.isfinite(log_w))
-    index = sample("particle", dist.Categorical(logits=jnp.where(possible, log_w, 0.0)))
+    index = sample("particle", _by_weight(log_w))
     return jax.tree.map(lambda x: x[index], particles)
+
+
+def ancestors(log_w: Any) -> Any:
+    """Choose the particles that go on, independently by their weights (multinomial resampling)."""
+    return jax.vmap(lambda _: sample("ancestor", _by_weight(log_w)))(jnp.arange(log_w.size))
+
+
+def _by_weight(log_w: Any) -> dist.Categorical:
+    return dist.Categorical(logits=jnp.where(jnp.any(jnp.isfinite(log_w)), log_w, 0.0))
 
 
 def sir(num_particles: int, proposal: Any = None) -> SIR:

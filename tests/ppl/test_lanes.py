@@ -325,3 +325,55 @@ def test_three_lanes_of_a_categorical_of_three(axis):
     trace = _jax.over_lanes(ppl.model(function)(probs).simulate, 5)(KEY)
     np.testing.assert_array_equal(trace["x"], np.tile(np.argmax(probs, axis=1 - axis), (5, 1)))
     np.testing.assert_allclose(trace.log_density, 0.0, atol=1e-10)
+
+
+# --- noise that is shared ---------------------------------------------------------------------------------------
+
+
+SHARED = {
+    "one draw": lambda c: dist.AsymmetricLaplace(c, 1.0, 1.0),
+    "gamma": lambda c: dist.Gamma(1.0 + c, 1.0),
+    "poisson": lambda c: dist.Poisson(1.0 + c),
+    "a key per lane": lambda c: dist.TransformedDistribution(
+        dist.Normal(0.0, 1.0), dist.transforms.AffineTransform(c, 1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("order", ["shared inside", "two shared", "between lanes"])
+def test_a_vmap_that_shares_its_noise_sees_the_draws_without_it(name, order):
+    """Reruns of a program with one choice replaced stand on this: inside lanes they once drew other numbers.
+
+    The library's lanes are fused into one draw; a plain vmap with one key, inside of them, must not break them up.
+    """
+    from expectax.ppl._distribution import flatten
+    from expectax.ppl._draw import draw
+
+    def one(c: Any, key: Any) -> Any:
+        leaves, structure = flatten(SHARED[name](c))
+        return draw(key, structure, (), leaves)
+
+    centres = jnp.array([0.5, 0.5, 3.0])
+    if order == "between lanes":
+        base = _jax.over_lanes(lambda c, key: _jax.over_lanes(lambda key: one(c, key), 4)(key), 5, (None, None))
+        run = _jax.over_lanes(
+            lambda key: jax.vmap(lambda c: _jax.over_lanes(lambda key: one(c, key), 4)(key))(centres), 5
+        )(KEY)
+        expected = [base(c, KEY) for c in centres]
+        got = [run[:, n] for n in range(3)]
+    else:
+        alone = _jax.over_lanes(lambda c, key: one(c, key), 5, (None, None))
+        expected = [alone(c, KEY) for c in centres]
+        if order == "shared inside":
+            run = _jax.over_lanes(lambda key: jax.vmap(lambda c: one(c, key))(centres), 5)(KEY)
+            got = [run[:, n] for n in range(3)]
+        else:
+            inner = lambda key: jax.vmap(lambda a: jax.vmap(lambda c: one(c + a, key))(centres))(jnp.zeros(2))  # noqa: E731
+            run = _jax.over_lanes(inner, 5)(KEY)
+            assert run.shape == (5, 2, 3)
+            assert np.array_equal(run[:, 0], run[:, 1])
+            got = [run[:, 1, n] for n in range(3)]
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.unique(np.asarray(got[0])).size > 1  # lanes differ

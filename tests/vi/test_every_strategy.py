@@ -141,6 +141,33 @@ def added_costs(flip: Flip, p: Any) -> Any:
     return 0.0
 
 
+def chain_of_three(flip: Flip, p: Any) -> Any:
+    def step(b: Any, _: Any) -> Any:
+        b = flip("b", second(p, b))
+        return b, b
+
+    return jnp.sum(lax.scan(step, 1.0, length=3)[1]) ** 2
+
+
+def cond_in_scan(flip: Flip, p: Any) -> Any:
+    def step(b: Any, _: Any) -> Any:
+        b = lax.cond(b == 1.0, lambda: flip("b", p), lambda: 1.0 - flip("c", p / 2.0))
+        return b, b
+
+    return jnp.sum(lax.scan(step, 1.0, length=3)[1]) ** 2
+
+
+def scan_in_vmap(flip: Flip, p: Any) -> Any:
+    def chain(scale: Any) -> Any:
+        def step(b: Any, _: Any) -> Any:
+            b = flip("b", scale * second(p, b))
+            return b, b
+
+        return jnp.sum(lax.scan(step, 1.0, length=2)[1])
+
+    return jnp.sum(jax.vmap(chain)(jnp.array([1.0, 0.5]))) ** 2
+
+
 STRUCTURES = {
     f.__name__: f
     for f in (
@@ -154,6 +181,9 @@ STRUCTURES = {
         in_nested_model,
         in_expectation,
         added_costs,
+        chain_of_three,
+        cond_in_scan,
+        scan_in_vmap,
     )
 }
 
@@ -181,7 +211,27 @@ def lane_truth(p: Any) -> Any:
     return total
 
 
-TRUTHS = {"in_vmap": lanes_truth, "lane_by_lane": lane_truth}
+def chain_truth(p: Any, probability: Any, scales: Any, steps: int) -> Any:
+    """Sum over all outcomes of chains that start at 1; `probability(scale, b)` is that of a next 1."""
+    total = 0.0
+    for outcome in itertools.product((0.0, 1.0), repeat=len(scales) * steps):
+        mass = 1.0
+        for n, scale in enumerate(scales):
+            before = 1.0
+            for b in outcome[n * steps : (n + 1) * steps]:
+                q = probability(scale, before)
+                mass, before = mass * (q if b else 1.0 - q), b
+        total += mass * sum(outcome) ** 2
+    return total
+
+
+TRUTHS = {
+    "in_vmap": lanes_truth,
+    "lane_by_lane": lane_truth,
+    "chain_of_three": lambda p: chain_truth(p, lambda _, b: second(p, b), (1.0,), 3),
+    "cond_in_scan": lambda p: chain_truth(p, lambda _, b: p if b else 1.0 - p / 2.0, (1.0,), 3),
+    "scan_in_vmap": lambda p: chain_truth(p, lambda s, b: s * second(p, b), (1.0, 0.5), 2),
+}
 # run by default: every strategy in a loop and in lanes; the rest of the table is slow
 QUICK = {"in_scan", "lane_by_lane"}
 TABLE = [
@@ -201,7 +251,8 @@ def test_value_and_gradient(structure, name, monkeypatch):
         monkeypatch.setattr(_layout, "enumeration", lambda *_: ("locally", 1))
     flip = flips_by(STRATEGIES[name])
     objective = vi.objective(lambda p: STRUCTURES[structure](flip, p))
-    samples = 2 if name == "leave-one-out" else 1
+    # several samples are lanes around the program; alone it has none, except that leave-one-out needs two
+    samples = 1 if structure in ("top_level", "in_vmap") and name != "leave-one-out" else 2
 
     @jax.jit
     def sampler(keys: Any) -> Any:

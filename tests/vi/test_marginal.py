@@ -132,9 +132,9 @@ def check_identity_by_sums(program: Any, values: list[Any]) -> None:
     assert abs(p.sum() - 1.0) < 1e-10
     for value in values:
         q, estimates = all_runs(lambda value=value: vi.log_density(program, value))
-        here = np.all(
-            [np.asarray(a) == b for a, b in zip(*map(jax.tree.leaves, (choices, value)), strict=True)], axis=0
-        )
+        here = np.ones(len(p), bool)
+        for a, b in zip(*map(jax.tree.leaves, (choices, value)), strict=True):
+            here &= np.all(np.reshape(np.asarray(a) == np.asarray(b), (len(p), -1)), axis=1)
         for g in (np.ones_like, np.exp, lambda w: np.exp(-w), np.cos, lambda w: w**2):
             left = np.sum(np.where(here, p * g(log_w), 0.0))
             right = np.sum(q * np.exp(estimates) * g(estimates))
@@ -414,3 +414,37 @@ def test_parts_of_a_joint_density_are_refused():
 def test_what_does_not_fit_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+# --- state-space models -----------------------------------------------------------------------------------------
+
+
+@ex.model
+def hidden_walk(steps, reverse=False):
+    start = ex.sample("start", dist.Bernoulli(0.4))
+
+    def step(x, _):
+        x = ex.sample("x", dist.Bernoulli(0.2 + 0.5 * x + 0.1 * start))
+        ex.sample("y", dist.Bernoulli(0.1 + 0.7 * x))
+        return x, None
+
+    lax.scan(step, start, length=steps, reverse=reverse)
+
+
+@pytest.mark.parametrize(("n", "steps"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_joint_identity_of_filters(n, steps, reverse):
+    """A conditional filter that forgets its path's place, or resamples it away, fails here."""
+    program = vi.marginal(hidden_walk(steps, reverse), "y", vi.bootstrap_filter(n))
+    ys = [{"y": jnp.array([(i >> t) & 1 for t in range(steps)])} for i in range(2**steps)]
+    check_identity_by_sums(program, ys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_joint_identity_of_normalised_trajectories(reverse):
+    target = hidden_walk(2, reverse).given({"y": jnp.array([1, 0])})
+    values = [
+        {"start": s, "x": jnp.array([a, b])} for s in (0, 1) for a in (0, 1) for b in (0, 1)
+    ]
+    check_identity_by_sums(vi.normalize(target, vi.bootstrap_filter(2)), values)

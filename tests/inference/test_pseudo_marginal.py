@@ -1,0 +1,104 @@
+"""Pseudo-marginal chains: exact for a noisy estimate, and refused by kernels that need an exact density."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import two_stage_uniform
+from jax import lax
+from scipy import stats
+
+import expectax as ex
+from expectax import dist, inference, vi
+from expectax.inference._pseudo_marginal import State
+
+KEY = jax.random.key(81)
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@ex.model
+def noisy(theta):
+    u = ex.sample("u", dist.Normal(theta, 1.0))
+    ex.sample("y", dist.Normal(u, 0.5))
+
+
+@ex.model
+def model():
+    theta = ex.sample("theta", dist.Normal(0.0, 1.0))
+    ex.sample("data", vi.marginal(noisy(theta), "y", vi.sir(2)))
+
+
+def test_a_step_leaves_the_posterior_alone():
+    """Of theta, data and the data's weight drawn together, theta has its prior, before and after any steps.
+
+    Catches: the estimate made anew at the present point, a draw's weight in the place of a score's, a wrong sign of the
+    acceptance; the estimate has a standard deviation of about 1, two particles for a density of width 0.5.
+    """
+    kernel = inference.pseudo_marginal()
+    parameters = {"step_size": jnp.asarray(1.0), "inverse_mass_matrix": jnp.ones(1)}
+
+    def after(key: Any) -> Any:
+        key_draw, key_run = jax.random.split(key)
+        trace = model().simulate(key_draw)
+        posterior = model().given({"data": trace.choices["data"]})
+
+        def log_density(position: Any, key: Any) -> Any:
+            return posterior.unconstrained_log_density({"theta": position[0]}, key)
+
+        def step(state: Any, key: Any) -> Any:
+            return kernel.step(key, state, log_density, parameters)[0], None
+
+        start = State(trace.choices["theta"][None], trace.log_density)
+        state, _ = lax.scan(step, start, jax.random.split(key_run, 10))
+        return stats_of(state.position[0], trace.choices["theta"])
+
+    run = jax.jit(jax.vmap(after))
+
+    def uniforms(key: Any, n: int) -> Any:
+        position, old = run(jax.random.split(key, n))
+        assert np.mean(position != old) > 0.5  # the chain moves
+        return stats.norm.cdf(position)
+
+    two_stage_uniform(uniforms, KEY, 20_000)
+
+
+def stats_of(position: Any, old: Any) -> tuple[Any, Any]:
+    return position, old
+
+
+def test_the_posterior_of_a_hidden_layer():
+    """theta | y is normal: variance 1 / (1 + 1/1.25), mean 2 * variance / 1.25."""
+    posterior = model().given({"data": {"y": 2.0}})
+    chains = inference.mcmc(
+        posterior, inference.pseudo_marginal(), key=KEY, num_warmup=1000, num_samples=4000, num_chains=4
+    )
+    variance = 1.0 / (1.0 + 1.0 / 1.25)
+    row = chains.summary()["theta"] if hasattr(chains.summary(), "__getitem__") else None
+    x = np.asarray(chains.choices["theta"])
+    error = float(inference.summarize(chains.choices).rows[0].mcse) if row is None else float(row.mcse)
+    assert abs(x.mean() - 2.0 * variance / 1.25) < 5 * error
+    assert abs(x.var() / variance - 1.0) < 0.15
+    assert abs(chains.statistics["acceptance_rate"].mean() - 0.2) < 0.1
+
+
+def test_settings_and_kernels_that_do_not_fit():
+    with pytest.raises(ValueError, match="target_acceptance"):
+        inference.pseudo_marginal(target_acceptance=1.0)
+    with pytest.raises(ex.ppl.DistributionError, match="only estimated"):
+        inference.mcmc(model().given({"data": {"y": 2.0}}), inference.nuts(), key=KEY)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_scale_is_that_of_the_target(dense):
+    @ex.model
+    def pair():
+        ex.sample("a", dist.Normal(0.0, 10.0))
+        ex.sample("b", dist.Normal(0.0, 0.1))
+
+    kernel = inference.pseudo_marginal(dense_mass=dense)
+    chains = inference.mcmc(pair().given({}), kernel, key=KEY, num_warmup=3000, num_samples=100, num_chains=2)
+    matrix = np.asarray(chains.inverse_mass_matrix)
+    ratio = matrix[:, 0] / matrix[:, 1] if not dense else matrix[:, 0, 0] / matrix[:, 1, 1]
+    assert np.all(ratio > 1e3) and np.all(ratio < 1e5)
