@@ -13,6 +13,7 @@ from ._air import air_count as air_count
 from ._air import air_guide as air_guide
 from ._air import air_posterior as air_posterior
 from ._amortised import amortised as amortised
+from ._cone import CONE_HEIGHT as CONE_HEIGHT
 from ._cone import CONE_LOG_EVIDENCE as CONE_LOG_EVIDENCE
 from ._cone import cone as cone
 from ._cone import cone_guide as cone_guide

@@ -13,7 +13,7 @@ from numpyro import distributions as dist
 
 from expectax.ppl import Posterior, model, sample
 
-HEIGHT = 5.0
+CONE_HEIGHT = 5.0
 """The height that is observed."""
 
 CONE_LOG_EVIDENCE = -5.3232
@@ -48,7 +48,7 @@ def cone_posterior() -> Posterior:
         >>> round(float(cone_posterior().log_density({"x": 2.0, "y": 1.0})), 3)
         -5.49
     """
-    return cone().given({"z": HEIGHT})
+    return cone().given({"z": CONE_HEIGHT})
 
 
 @model
@@ -89,7 +89,7 @@ def ring_guide(params: dict[str, Any]) -> None:
         ['u', 'x', 'y']
     """
     u = sample("u", dist.Uniform(0.0, 1.0))
-    angle, radius, scale = 2 * jnp.pi * u, HEIGHT**0.5, jnp.exp(params["log_scale"])
+    angle, radius, scale = 2 * jnp.pi * u, CONE_HEIGHT**0.5, jnp.exp(params["log_scale"])
     sample("x", dist.Normal(radius * jnp.cos(angle), scale[0]))
     sample("y", dist.Normal(radius * jnp.sin(angle), scale[1]))
 

@@ -52,7 +52,7 @@ def alternative_terms(
         return [sg(term * weight(v, again)) for v, term in zip(terms, found, strict=True)]
 
     found = jax.vmap(lambda x: jax.vmap(lambda where: run(x, where))(flags))(record.values)
-    coefficients = once(choice)(record.coefficients)
+    coefficients = record.coefficients
     singly = jnp.moveaxis(coefficients, [1 + n for n in mixed], range(1, 1 + len(mixed)))
     singly = singly.reshape(len(coefficients), len(flags), *singly.shape[1 + len(mixed) :])
     gains = {}
@@ -60,8 +60,25 @@ def alternative_terms(
         own = runner.layout.depends[v][choice.number]
         axes = tuple(axis for n, axis in enumerate(own) if n not in mixed)
         placed = jax.vmap(jax.vmap(lambda c, axes=axes, ndim=term.ndim - 2: along(c, axes, ndim)))(singly)
-        gains[v] = jnp.sum(placed * term, axis=(0, 1))
+        gains[v] = jnp.sum(charged(choice)(placed, term), axis=(0, 1))
     return gains
+
+
+def charged(choice: Choice) -> Callable[[Any, Any], Any]:
+    """Return the function $(c - sg(c))\\, t$: zero in value, even where $t$ is infinite."""
+    zero = once(choice)
+
+    @jax.custom_jvp
+    def product(c: Any, term: Any) -> Any:
+        return jnp.zeros(jnp.broadcast_shapes(jnp.shape(c), jnp.shape(term)), jnp.result_type(c, term))
+
+    @product.defjvp
+    def derivative(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        (c, term), (moved, _) = primals, tangents
+        _, change = jax.jvp(zero, (c,), (moved,))
+        return product(c, term), jnp.broadcast_to(change * term, jnp.broadcast_shapes(jnp.shape(c), jnp.shape(term)))
+
+    return product
 
 
 def rerun(

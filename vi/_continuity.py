@@ -73,6 +73,12 @@ def _differ(a: Any, b: Any) -> Any:
     return np.sign(a - b)
 
 
+def _is_nan(a: Any, b: Any) -> Any:
+    """Return whether a value differs from itself."""
+    del b
+    return np.isnan(a)
+
+
 COMPARISONS: dict[str, Callable[..., Any]] = {
     "gt": np.greater, "ge": np.greater_equal, "lt": np.less, "le": np.less_equal, "eq": np.equal, "ne": np.not_equal,
 }  # fmt: skip
@@ -82,8 +88,20 @@ STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rem": (np.fmod, lambda a, b: np.trunc(a / b)),
     "to_int": (np.trunc, np.trunc),
     "to_bool": (lambda x: x != 0, np.sign),
-}
+    "eq infinity": (np.equal, np.equal), "ne infinity": (np.not_equal, np.not_equal),
+    "is_finite": (np.isfinite, np.isfinite), "is_nan": (_is_nan, _is_nan),
+    "is_number": (lambda x, y: ~_is_nan(x, y), _is_nan),
+}  # fmt: skip
 """Steps by name: the value, and the signal that is constant between jumps."""
+
+NEAR = dict.fromkeys(("is_finite", "is_nan", "is_number", "eq infinity", "ne infinity"), 30.0)
+"""How far along a line these are looked at: where numbers overflow they flip, but no draw comes there."""
+
+POLES: dict[str, Callable[..., Any]] = {
+    "div": lambda a, b: np.sign(b),
+    "atan2": lambda y, x: np.where(x < 0, np.sign(y), 0.0),
+}
+"""Smooth equations that jump where a signal flips, if they have finite limits there: at a denominator's zero, at a cut."""
 
 SMOOTH: dict[str, Callable[..., Any]] = {
     "neg": np.negative, "abs": np.abs, "exp": _clipped(np.exp, -700, np.inf), "exp2": _clipped(np.exp2, -1000, np.inf), "expm1": _clipped(np.expm1, -30, np.inf), "log": np.log,
@@ -139,6 +157,8 @@ class _Scalar:
         self.instructions: list[tuple[Any, tuple[int, ...]]] = []
         self.atoms: list[tuple[int, Node]] = []
         self.signals: list[tuple[Any, tuple[int, ...]]] = []
+        self.limits: list[float] = []  # how far each signal is looked at
+        self.poles: list[bool] = []
         self._known: dict[Any, int] = {}
         self.result = self._expand(node, ())
 
@@ -171,7 +191,9 @@ class _Scalar:
             args = tuple(self._expand(x, _widened(view, x, node)) for x in node.inputs)
             function = STEPS[node.op][0] if node.op in STEPS else _with_parameters(node)
             if node.step:
-                self.signals.append((STEPS[node.op][1], args))
+                self.signals.append((POLES.get(node.op) or STEPS[node.op][1], args))
+                self.limits.append(NEAR.get(node.op, np.inf))
+                self.poles.append(node.op in POLES)
         else:
             self.atoms.append((len(self.instructions), node))
         self.instructions.append((function, args))
@@ -252,6 +274,7 @@ class _Search:
         """Return `(lines, positions)` of the grid's intervals in which a signal changes."""
         signal = self.grid[number]
         change = (signal[:, 1:] != signal[:, :-1]) & np.isfinite(signal[:, 1:]) & np.isfinite(signal[:, :-1])
+        change &= np.fmax(np.abs(_T[1:]), np.abs(_T[:-1])) <= self.scalar.limits[number]
         line, at = np.nonzero(change)
         return line, at
 
@@ -265,6 +288,8 @@ class _Search:
             middle = (low + high) / 2
             left = self._signal(number, line, middle) == before
             low, high = np.where(left, middle, low), np.where(left, high, middle)
+        if self.scalar.poles[number]:
+            return not self._breaks(line, low, high).any()
         near, wide = self._gap(line, low, high), 1e-9 * np.abs(low) + 1e-12
         far = np.fmax(self._gap(line, low, low - wide), self._gap(line, high, high + wide))
         scale = np.fmax(np.abs(self._value(line, low - 1)), np.abs(self._value(line, high + 1)))
@@ -272,6 +297,17 @@ class _Search:
         told = ~np.isnan(near)
         jumps = np.isinf(near) | ((near > 1e-2 * far) & (near > 1e-6 * np.where(np.isfinite(scale), scale, 0.0)))
         return bool(told.any()) and not (told & jumps).any()
+
+    def _breaks(self, line: Any, low: Any, high: Any) -> Any:
+        """Tell where the function has two finite limits at a pole: seen from a little way off, where it is no noise."""
+        wide = 1e-4 * (1.0 + np.abs(low))
+        near, far = self._gap(line, low - wide, high + wide), self._gap(line, low - 4 * wide, high + 4 * wide)
+        sides = [np.abs(self._value(line, t)) for t in (low - wide, high + wide, low - 1.0, high + 1.0)]
+        closer = self._gap(line, low - wide / 64, high + wide / 64)
+        tame = np.fmax(sides[0], sides[1]) < 1e3 * (1.0 + np.fmax(sides[2], sides[3]))
+        with np.errstate(all="ignore"):
+            stays = (near > 0.9 * far) & (closer > 0.9 * near) & (closer < 1.1 * near)
+            return tame & stays & (near > 1e-3 * np.fmax(sides[2], sides[3]))
 
     def _signal(self, number: int, line: Any, t: Any) -> Any:
         return np.broadcast_to(self._run(line, t)[1][number], t.shape)
@@ -307,3 +343,12 @@ def continuous(node: Node) -> bool:
     if any(atom.jumps for _, atom in search.scalar.atoms) or not search.scalar.signals:
         return False
     return all(search.agrees(number) for number in range(len(search.grid)))
+
+
+def continuous_at_poles(node: Node) -> bool:
+    """Tell whether a quotient has no two finite limits where its denominator changes sign; True if it never does."""
+    search = _Search(node)
+    if any(atom.jumps for _, atom in search.scalar.atoms) or not search.scalar.signals:
+        return True
+    number = len(search.grid) - 1
+    return not len(search.flips(number)[0]) or search.agrees(number)

@@ -80,7 +80,9 @@ def check_joint_identity(
     """
     check_key(key)
     bound_program(program, "vi.check_joint_identity")
-    check_guide(bound_program(reference, "vi.check_joint_identity"), Posterior(program, {}), _jax.caller(), covering=True)
+    check_guide(
+        bound_program(reference, "vi.check_joint_identity"), Posterior(program, {}), _jax.caller(), covering=True
+    )
     if num_samples < 100:
         raise ValueError(f"check_joint_identity needs num_samples >= 100, got {num_samples}.")
     drawn, scored = jax.device_get(_both(program, reference, key, num_samples))
@@ -125,7 +127,9 @@ def _compared(drawn: Choices, v_drawn: Any, scored: Choices, v_scored: Any) -> d
         for name, (a, b) in regions.items():
             low = _z(v_drawn, (v_drawn < c) & a, v_scored, (v_scored < c) & b)
             high = _z(-v_scored, (v_scored >= c) & b, -v_drawn, (v_drawn >= c) & a)
-            found |= {f"weight {side} {c:.3g}{name}": z for side, z in (("below", low), ("above", high)) if z is not None}
+            found |= {
+                f"weight {side} {c:.3g}{name}": z for side, z in (("below", low), ("above", high)) if z is not None
+            }
     return found
 
 

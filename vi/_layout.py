@@ -94,6 +94,9 @@ class Layout:
         for n, choice in enumerate(self.choices):
             if not isinstance(choice.strategy, Enum):
                 continue
+            if math.prod(choice.element_shape) == 0:
+                self.choices[n] = dataclasses.replace(choice, strategy=Reinforce(), why="it has no elements")
+                continue
             mode, size = enumeration(choice, bool(self.mixed(choice)), runs)
             runs *= size
             if mode is None:

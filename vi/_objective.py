@@ -106,6 +106,8 @@ class Objective:
                 raise TypeError(f"{self!r} returned None: it lacks a return.")
             if jnp.shape(value) != ():
                 raise ShapeError(f"{self!r} must return a scalar, but returned shape {jnp.shape(value)}.")
+            if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+                raise TypeError(f"{self!r} must return a real number, but returned a complex one. Take its real part.")
             return jnp.asarray(value, jnp.result_type(float))
 
         token = relaxed.set([])
@@ -146,6 +148,8 @@ class Staged(NamedTuple):
 
     def mean(self, key: Any, num_samples: int, stopped: frozenset[str] = frozenset()) -> Any:
         """Average the estimator over independent samples."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples is at least 1, got {num_samples}.")
         if num_samples == 1:
             return self.surrogate(key, stopped=stopped)
 

@@ -79,6 +79,7 @@ def _vimco(posterior: Target, guide: Guide, num_particles: int, params: Any) -> 
     log_w = log_p - log_q
     bound = log_mean_exp(log_w)
     signal = lax.stop_gradient(bound - _without_each(log_w))
+    signal = jnp.where(jnp.isfinite(signal), signal, 0.0)  # nothing to learn from where all particles are impossible
     return bound + jnp.sum(signal * (log_q - lax.stop_gradient(log_q)))
 
 

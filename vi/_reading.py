@@ -19,7 +19,7 @@ from expectax.ppl._frames import frames
 from expectax.ppl._sample import Site, sample_p
 from expectax.ppl._support import bounds_of, whole_space
 
-from ._continuity import SMOOTH, STEPS, VIEWS, Node, base, continuous, flips, supports_known
+from ._continuity import POLES, SMOOTH, STEPS, VIEWS, Node, base, continuous, continuous_at_poles, flips, supports_known
 from ._strategy import pathwise
 
 _TESTS = 200
@@ -212,11 +212,12 @@ class Reader:
         sites, jumps = _union(inputs, "sites"), _union(inputs, "jumps")
         if op == "stop_gradient":
             return self._shared(Node(op, None, inputs, aval.shape, _kind(aval.dtype), sites, (), False))
-        if op == "is_finite":
-            return self._shared(Node("literal", 1.0, (), aval.shape, "b", ()))
         floats = [x for x in inputs if x.kind == "f"]
         if op in STEPS and _union(floats, "sites") and any(x.moved for x in floats):
             return self._step(Node(op, params, inputs, aval.shape, _kind(aval.dtype), sites, jumps), _origin(chain))
+        crossing = inputs[1:] if op == "div" else inputs
+        if op in POLES and _union(crossing, "sites") and any(x.moved for x in floats) and aval.dtype.kind == "f":
+            return self._pole(Node(op, params, inputs, aval.shape, "f", sites, jumps), chain)
         if op not in SMOOTH and op not in STEPS and op not in VIEWS:
             made = self._opaque(eqn, 0, aval, inputs, chain)
             made.params, made.inputs = (op, params), tuple(inputs)
@@ -241,6 +242,18 @@ class Reader:
             node.jumps = node.jumps | {self._jump(node.op, origin, node.sites)}
         elif node.op != "rem" and (node.kind != "f" or not origin.trusted):
             node.sites, node.moved = frozenset(), False
+        return node
+
+    def _pole(self, node: Node, chain: tuple[Any, ...]) -> Node:
+        """Decide whether a quotient, or an angle, jumps where its denominator changes sign, or at its cut."""
+        shared = self._shared(node)
+        if shared is not node or node.jumps or (origin := _origin(chain)).trusted or origin.support:
+            return shared if shared is not node else self._healed(node)
+        node.step = True
+        if not self._count() and not continuous_at_poles(node):
+            node.jumps = frozenset({self._jump(node.op, origin, node.sites)})
+        else:
+            node.step = False
         return node
 
     def _jump(self, primitive: str, origin: _Origin, sites: frozenset[Source]) -> Jump:
@@ -340,6 +353,10 @@ def _meaning(eqn: Any, inputs: list[Node]) -> tuple[str, Any]:
         if was == "f" and kind == "f":
             return "copy", None
         return ("to_number" if kind == "f" or was == "b" else "to_bool" if kind == "b" else "to_int"), None
+    if op in ("ne", "eq") and inputs[0] is inputs[1]:
+        return ("is_nan" if op == "ne" else "is_number"), None
+    if op in ("eq", "ne") and any(x.op == "literal" and np.isinf(x.params) for x in inputs):
+        return f"{op} infinity", None
     if op in ("and", "or", "xor", "not") and kind != "b":
         return f"{op} of integers", None
     if op == "div" and kind == "i":

@@ -32,7 +32,7 @@ def relaxed_terms(
         return [term * weight(v, again) for v, term in zip(terms, found, strict=True)]
 
     free, bound = run(relaxation.free), run(relaxation.bound)
-    scale = jnp.max(relaxation.scale)  # one number, which each lane has repeated
+    scale = jnp.max(relaxation.scale, initial=0.0)  # one number, which each lane has repeated
     first_only = once(choice)
     gains = {v: first_only(scale * (z - c)) for v, z, c in zip(terms, free, bound, strict=True)}
     return gains, {v: scale * c for v, c in zip(terms, bound, strict=True)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._objective import Objective
-from ._shared import Guide, Target, check_particles, check_target, matched, still_particles
+from ._shared import Guide, Target, check_particles, check_target, matched, still_particles, weighted_sum
 
 
 def thermodynamic(posterior: Target, guide: Guide, num_particles: int, betas: Sequence[float]) -> Objective:
@@ -63,8 +63,12 @@ def _thermodynamic(posterior: Target, guide: Guide, num_particles: int, betas: t
 
 def _mean_at(beta: Any, log_p: Any, log_q: Any) -> Any:
     """Return the mean of log w at one temperature, with the covariance gradient."""
-    log_w, log_pi = log_p - log_q, beta * log_p + (1.0 - beta) * log_q
-    weights = lax.stop_gradient(jax.nn.softmax(beta * log_w))
-    mean = jnp.sum(weights * log_w)
+    log_w = log_p - log_q
+    # at temperature 0 an impossible particle is like any other: its log density does not enter
+    weights = lax.stop_gradient(jax.nn.softmax(jnp.where(beta == 0.0, 0.0, beta * log_w)))
+    log_pi = log_q + jnp.where(beta == 0.0, 0.0, beta * log_w)
+    mean = weighted_sum(weights, log_w)
     signal = lax.stop_gradient(weights * (log_w - mean)) * log_w.size / (log_w.size - 1)
-    return mean + jnp.sum(signal * (log_pi - lax.stop_gradient(log_pi)))
+    counts = (weights > 0) & jnp.isfinite(signal)
+    moved = jnp.where(counts, log_pi, 0.0)
+    return mean + jnp.sum(jnp.where(counts, signal, 0.0) * (moved - lax.stop_gradient(moved)))

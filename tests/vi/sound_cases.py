@@ -278,3 +278,21 @@ def window_of_fixed_noise(p, how):
 def largest_of_fixed_noise(p, how):
     x = ex.sample("x", dist.Normal(jnp.zeros(3), 1.0), gradient=how)
     return TABLE[jnp.argmax(x)] * p
+
+
+@sound
+def guards_that_change_nothing(p, how):
+    x = normal(p, how)
+    x = jnp.where(jnp.isfinite(x), x, 0.0)
+    return jnp.where(jnp.isnan(jnp.exp(x)), 0.0, jnp.where(jnp.isfinite(jnp.exp(x)), jnp.exp(0.3 * x), 0.0))
+
+
+@sound
+def quotients_with_one_limit(p, how):
+    x = normal(p, how)
+    return x**2 / x + jnp.sin(x) / x + (jnp.exp(0.1 * x) - 1.0) / x + x / (1.0 + jnp.abs(x)) + x / jnp.abs(x) * x
+
+
+@sound
+def an_angle_away_from_its_cut(p, how):
+    return jnp.arctan2(normal(p, how), 1.0 + normal_y(p, how) ** 2)

@@ -444,7 +444,5 @@ def test_the_joint_identity_of_filters(n, steps, reverse):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_joint_identity_of_normalised_trajectories(reverse):
     target = hidden_walk(2, reverse).given({"y": jnp.array([1, 0])})
-    values = [
-        {"start": s, "x": jnp.array([a, b])} for s in (0, 1) for a in (0, 1) for b in (0, 1)
-    ]
+    values = [{"start": s, "x": jnp.array([a, b])} for s in (0, 1) for a in (0, 1) for b in (0, 1)]
     check_identity_by_sums(vi.normalize(target, vi.bootstrap_filter(2)), values)

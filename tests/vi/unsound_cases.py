@@ -351,6 +351,44 @@ def narrow_prior(p, how):
     return jnp.exp(vi.log_density(model(), {"u": jnp.exp(normal(p, how))}))
 
 
+@unsound
+def whether_it_is_finite(p, how):
+    return jnp.isfinite(1.0 / jnp.maximum(normal(p, how), 0.0)) * 1.0  # jump
+
+
+@unsound
+def whether_it_is_infinite(p, how):
+    return jnp.isinf(1.0 / jnp.maximum(normal(p, how), 0.0)) * 1.0  # jump
+
+
+@unsound
+def whether_it_is_a_number(p, how):
+    return jnp.where(jnp.isnan(jnp.sqrt(normal(p, how))), 0.0, 1.0)  # jump
+
+
+@unsound
+def a_quotient_with_two_limits(p, how):
+    x = normal(p, how)
+    return jnp.abs(x) / x  # jump
+
+
+@unsound
+def a_hinge_over_its_argument(p, how):
+    x = normal(p, how)
+    return jax.nn.relu(x) / x  # jump
+
+
+@unsound
+def a_root_of_a_square_over_its_argument(p, how):
+    x = normal(p, how)
+    return jnp.sqrt(x**2) / x  # jump
+
+
+@unsound
+def the_cut_of_an_angle(p, how):
+    return jnp.arctan2(normal(p, how), -1.0)  # jump
+
+
 def noise_against_a_parameter(p, how):
     """It jumps whatever the strategy: the parameter moves the step, not the draw."""
     x = ex.sample("x", dist.Uniform(-1.0, 1.0), gradient=how)
