@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ ESTIMATORS = {
 """RWS is reweighted wake-sleep; the hybrid has MVD for the first two presences and ENUM for the last."""
 
 
-def data(size: str, count: int, seed: int = 0) -> tuple[models.AIRSizes, models.Digits]:
+def data(size: Literal["small", "full"], count: int, seed: int = 0) -> tuple[models.AIRSizes, models.Digits]:
     """Return sizes, and canvases with none to two digits: of 8 pixels on 24, or of 17 on 50."""
     digits = models.digits(size).images
     sizes = models.SMALL_AIR if size == "small" else models.AIRSizes()

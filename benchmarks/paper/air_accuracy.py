@@ -8,6 +8,7 @@ Needs scikit-learn (`--size full`: mlxtend).
 """
 
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import air
@@ -113,6 +114,24 @@ def first_above(points: list[Point]) -> str:
     return "never" if point is None else f"{point.wall:.0f} s ({point.cpu:.0f} CPU s)"
 
 
+def told(curves: dict[str, list[Point]], title: str, folder: Path, name: str) -> None:
+    """Print the table and save the figure."""
+    figure, axes = common.panels(1, 2, 5.0, 4.0)
+    rows = []
+    for estimator, points in curves.items():
+        last, (accuracy, above) = points[-1], PAPER.get(estimator, ("-", "-"))
+        theirs = f"{accuracy}, {'never' if above is None else above}"
+        rows.append((estimator, theirs, f"{last.accuracy:.3f}", f"{last.elbo:.1f}", first_above(points), last.epoch))
+        for panel, values in zip(axes.flat, ([p.accuracy for p in points], [p.elbo for p in points]), strict=True):
+            panel.plot([p.wall for p in points], values, label=estimator)
+    header = ("estimator", "paper: accuracy, s to 0.9", "accuracy", "ELBO an image", "above 0.9 after", "epochs")
+    common.report(title, header, rows, folder, name)
+    axes[0, 0].set(xlabel="seconds, compiling included", ylabel="share of right counts", ylim=(0, 1))
+    axes[0, 1].set(xlabel="seconds, compiling included", ylabel="ELBO an image")
+    axes[0, 1].legend(frameon=False, fontsize=7)
+    common.save(figure, folder, name)
+
+
 def main() -> None:
     """Train with each estimator."""
     own = {
@@ -128,24 +147,13 @@ def main() -> None:
     held_out = models.Digits(data.images[count:], data.labels[count:])
     names = list(air.ESTIMATORS) if chosen.only is None else chosen.only.split(",")
     names = names[:2] if chosen.quick else names
-    figure, axes = common.panels(1, 2, 5.0, 4.0)
-    rows = []
+    curves: dict[str, list[Point]] = {}
     for name in names:
         print(name, flush=True)
         training = Training(air.ESTIMATORS[name], jnp.asarray(data.images[:count]), sizes, chosen.rate)
-        points = trained(training, held_out, seconds, 1 if chosen.quick else chosen.epochs)
-        last, (accuracy, above) = points[-1], PAPER.get(name, ("-", "-"))
-        theirs = f"{accuracy}, {'never' if above is None else above}"
-        rows.append((name, theirs, f"{last.accuracy:.3f}", f"{last.elbo:.1f}", first_above(points), last.epoch))
-        for panel, values in zip(axes.flat, ([p.accuracy for p in points], [p.elbo for p in points]), strict=True):
-            panel.plot([p.wall for p in points], values, label=name)
-    header = ("estimator", "paper: accuracy, s to 0.9", "accuracy", "ELBO an image", "above 0.9 after", "epochs")
+        curves[name] = trained(training, held_out, seconds, 1 if chosen.quick else chosen.epochs)
     title = f"AIR, {chosen.size} size, {seconds:.0f} CPU s of training each, rate {chosen.rate}"
-    common.report(title, header, rows, chosen.output, f"air-accuracy-{chosen.size}")
-    axes[0, 0].set(xlabel="seconds, compiling included", ylabel="share of right counts", ylim=(0, 1))
-    axes[0, 1].set(xlabel="seconds, compiling included", ylabel="ELBO an image")
-    axes[0, 1].legend(frameon=False, fontsize=7)
-    common.save(figure, chosen.output, f"air-accuracy-{chosen.size}")
+    told(curves, title, chosen.output, f"air-accuracy-{chosen.size}")
 
 
 if __name__ == "__main__":

@@ -122,10 +122,10 @@ def main() -> None:
     names = names if chosen.only is None else chosen.only.split(",")
     candidates = {name: ours(air.ESTIMATORS[name], networks, images) for name in names}
     other = GenJAX(chosen.genjax) if chosen.genjax else None
-    for name in ("REINFORCE", "MVD", "ENUM") if other else ():
-        if name in names:
+    if other is not None:
+        for name in (name for name in ("REINFORCE", "MVD", "ENUM") if name in names):
             for way in ("each", "mean"):
-                candidates[f"GenJAX {name}, {way}"] = lambda i, name=name, way=way: other.step(name, way)
+                candidates[f"GenJAX {name}, {way}"] = lambda _, p=other, name=name, way=way: p.step(name, way)
     vi.value_and_grad(models.amortised(models.air_posterior, models.air_guide, images[:1]))(networks, jax.random.key(0))
     found = measured(candidates, 3 if chosen.quick else 60)
     if other is not None:

@@ -8,6 +8,8 @@ example the slots are written one by one. `mean` takes the mean over the batch i
 around `Expectation.jvp_estimate`; `each` takes `grad_estimate` per image and then the mean, as GenJAX's example does.
 """
 
+# pyright: reportMissingImports=false, reportFunctionMemberAccess=false, reportUnusedExpression=false
+
 import os
 
 os.environ.setdefault("NPROC", "8")
