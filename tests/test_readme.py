@@ -20,3 +20,13 @@ def test_code_blocks_run():
             exec(compile(block, str(README), "exec"), names)
     assert abs(float(names["cloud"].log_evidence) - -31.31) < 0.2
     assert abs(float(names["filtered"].log_evidence) - names["kalman"](names["NILE"]).log_evidence) < 0.5
+
+
+@pytest.mark.slow
+def test_code_blocks_of_the_page_on_marginals_run():
+    page = README.parent / "docs" / "marginals.md"
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        exec(compile(block, str(page), "exec"), names)
+    assert abs(float(names["vi"].estimate(names["bound"], names["fit"].params, names["key"]).mean) - -8.18) < 0.1
+    assert names["chains"].choices["mean"].shape == (4, 1000)
