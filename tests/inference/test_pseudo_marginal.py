@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import two_stage_uniform
 from jax import lax
 from scipy import stats
 
 import expectax as ex
 from expectax import dist, inference, vi
 from expectax.inference._pseudo_marginal import State
+from helpers import two_stage_uniform
 
 KEY = jax.random.key(81)
 pytestmark = pytest.mark.usefixtures("x64")

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact_runs import all_runs
-from helpers import two_stage_z
 from jax import lax
 from scipy import stats
 
 import expectax as ex
 from expectax import dist, vi
 from expectax.ppl import AddressError, ControlFlowError, DistributionError
+from helpers import two_stage_z
 
 KEY = jax.random.key(51)
 pytestmark = pytest.mark.usefixtures("x64")
