@@ -10,6 +10,7 @@ each other given the image, so that summing over all of them shares the guide's 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -103,16 +104,21 @@ def air(networks: AIRNetworks) -> Float[Array, "canvas canvas"]:
         >>> air(networks).simulate(jax.random.key(1)).choices["image"].shape
         (24, 24)
     """
-    sizes = networks.sizes
-    mean = jnp.zeros((sizes.canvas, sizes.canvas))
+    presences, places, looks = [], [], []
     for t, probability in enumerate(PRESENCE):
-        presence = sample(f"presence_{t}", dist.Bernoulli(probability))
-        place = sample(f"place_{t}", dist.Normal(jnp.array(PLACE_MEAN), jnp.array(PLACE_SD)))
-        looks = sample(f"looks_{t}", dist.Normal(jnp.zeros(sizes.looks), 1.0))
-        window = networks.decoder(looks).reshape(sizes.window, sizes.window)
-        mean = mean + presence * paste(window, place, sizes.canvas)
+        presences.append(sample(f"presence_{t}", dist.Bernoulli(probability)))
+        places.append(sample(f"place_{t}", dist.Normal(jnp.array(PLACE_MEAN), jnp.array(PLACE_SD))))
+        looks.append(sample(f"looks_{t}", dist.Normal(jnp.zeros(networks.sizes.looks), 1.0)))
+    objects = jax.vmap(functools.partial(_drawn, networks))(jnp.stack(looks), jnp.stack(places))
+    mean = jnp.tensordot(jnp.asarray(jnp.stack(presences), float), objects, 1)
     sample("image", dist.Normal(mean, PIXEL_SD))
     return mean
+
+
+def _drawn(networks: AIRNetworks, looks: Array, place: Array) -> Array:
+    """Return a canvas with one object."""
+    window = networks.decoder(looks).reshape(networks.sizes.window, networks.sizes.window)
+    return paste(window, place, networks.sizes.canvas)
 
 
 @model

@@ -85,13 +85,17 @@ def moved(picture: Any, scale: Any, across: Any, down: Any, size: int) -> Any:
 @gen
 def air(decoder: Any) -> Any:
     """The model."""
-    mean = jnp.zeros((CANVAS, CANVAS))
+    presences, places, codes = [], [], []
     for t in range(STEPS):
-        presence = flip_reinforce(PRESENCE[t]) @ f"presence_{t}"
-        place = normal(PLACE_MEAN, PLACE_SD) @ f"place_{t}"
-        looks = normal(jnp.zeros(LOOKS), jnp.ones(LOOKS)) @ f"looks_{t}"
+        presences.append(jnp.where(flip_reinforce(PRESENCE[t]) @ f"presence_{t}", 1.0, 0.0))
+        places.append(normal(PLACE_MEAN, PLACE_SD) @ f"place_{t}")
+        codes.append(normal(jnp.zeros(LOOKS), jnp.ones(LOOKS)) @ f"looks_{t}")
+
+    def drawn(looks: Any, place: Any) -> Any:
         window = jax.nn.sigmoid(mlp(decoder, looks)).reshape(WINDOW, WINDOW)
-        mean = mean + jnp.where(presence, 1.0, 0.0) * moved(window, place[0], place[1], place[2], CANVAS)
+        return moved(window, place[0], place[1], place[2], CANVAS)
+
+    mean = jnp.tensordot(jnp.stack(presences), jax.vmap(drawn)(jnp.stack(codes), jnp.stack(places)), 1)
     normal(mean.ravel(), jnp.full(CANVAS**2, PIXEL_SD)) @ "image"
     return mean
 
