@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-LogDensity = Callable[[Any], Any]
+LogDensity = Callable[..., Any]
+"""Of a position; with a key where the density is only estimated."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,7 +159,7 @@ def _even_chunks(total: int, most: int = 20) -> tuple[int, int]:
     return total // number, number
 
 
-def _target(posterior: Posterior) -> tuple[Callable[[Any], Any], Callable[[Any], Any], int]:
+def _target(posterior: Posterior) -> tuple[Callable[..., Any], Callable[[Any], Any], int]:
     """Return the log density of a flat unconstrained vector (and a key), the map to latents, and the dimension."""
     shapes = posterior.unconstrained_shapes
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -232,7 +232,10 @@ def _warm_up(posterior: Posterior, kernel: Any, key: Any, start: Any, num_warmup
         if num_warmup == 0:
             mass = jnp.eye(size) if kernel.dense_mass else jnp.ones(size)
             own = (key,) if takes_key(kernel) else ()
-            return kernel.init(*own, position, log_density), {"step_size": jnp.asarray(0.1), "inverse_mass_matrix": mass}
+            return kernel.init(*own, position, log_density), {
+                "step_size": jnp.asarray(0.1),
+                "inverse_mass_matrix": mass,
+            }
         return kernel.warm_up(key, position, log_density, num_warmup)
 
     return jax.vmap(one)(jax.random.split(key, start.shape[0]), start)

@@ -63,14 +63,10 @@ class PseudoMarginal:
         log_ratio = jnp.where(jnp.isnan(log_density_there), -jnp.inf, log_density_there) - state.logdensity
         rate = jnp.exp(jnp.minimum(log_ratio, 0.0))
         accept = jax.random.uniform(key_accept) < rate
-        following = jax.tree.map(
-            lambda a, b: jnp.where(accept, a, b), State(proposed, log_density_there), state
-        )
+        following = jax.tree.map(lambda a, b: jnp.where(accept, a, b), State(proposed, log_density_there), state)
         return following, Info(rate, -following.logdensity)
 
-    def warm_up(
-        self, key: Any, position: Any, log_density: LogDensity, num_steps: int
-    ) -> tuple[State, dict[str, Any]]:
+    def warm_up(self, key: Any, position: Any, log_density: LogDensity, num_steps: int) -> tuple[State, dict[str, Any]]:
         """Adapt the scale to the target acceptance and the shape to the covariance of the second half."""
         size = position.shape[0]
         state = self.init(key, position, log_density)

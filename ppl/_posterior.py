@@ -21,7 +21,16 @@ from ._program import Program
 from ._staging import Staged, check_key, scalar, stage
 from ._table import Entry
 from ._trace import Trace, finish
-from ._visitors import Partial, assessing, assessing_inside, constraining, constraining_values, generating, recording, unconstraining
+from ._visitors import (
+    Partial,
+    assessing,
+    assessing_inside,
+    constraining,
+    constraining_values,
+    generating,
+    recording,
+    unconstraining,
+)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["program", "observations"], meta_fields=[])
@@ -184,9 +193,7 @@ class Posterior:
         given = self._complete(staged, latents, "unconstrain", observed=True)
         return self.latents(staged.run(unconstraining, given=given).choices)
 
-    def unconstrained_log_density(
-        self, unconstrained: Choices, key: PRNGKeyArray | None = None
-    ) -> Float[Array, ""]:
+    def unconstrained_log_density(self, unconstrained: Choices, key: PRNGKeyArray | None = None) -> Float[Array, ""]:
         r"""Return $\log p(z(u), y) + \log|\det \partial z / \partial u|$.
 
         A latent that is not made (in a branch, or masked) has a standard normal density in its place, so that the

@@ -32,7 +32,15 @@ def examples_of(module: ModuleType) -> list[doctest.DocTest]:
     return [test for test in tests.values() if test.examples]
 
 
-@pytest.mark.parametrize("name", MODULES)
+LONG = {f"expectax.models.{name}" for name in ("_air", "_sigmoid_belief", "_vae", "_spatial")} | {
+    f"expectax.{name}"
+    for name in ("vi._annealed", "vi._measure_valued", "vi._antithetic", "inference._pseudo_marginal")
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in MODULES]
+)
 def test_examples_run(name):
     module = importlib.import_module(name)
     printed: list[str] = []

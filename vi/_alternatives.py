@@ -65,7 +65,7 @@ def alternative_terms(
 
 
 def charged(choice: Choice) -> Callable[[Any, Any], Any]:
-    """Return the function $(c - sg(c))\\, t$: zero in value, even where $t$ is infinite."""
+    """Return the function $(c - sg(c)) t$: zero in value, even where $t$ is infinite."""
     zero = once(choice)
 
     @jax.custom_jvp

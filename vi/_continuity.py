@@ -94,7 +94,7 @@ STEPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }  # fmt: skip
 """Steps by name: the value, and the signal that is constant between jumps."""
 
-NEAR = dict.fromkeys(("is_finite", "is_nan", "is_number", "eq infinity", "ne infinity"), 30.0)
+NEAR: dict[str, float] = dict.fromkeys(("is_finite", "is_nan", "is_number", "eq infinity", "ne infinity"), 30.0)
 """How far along a line these are looked at: where numbers overflow they flip, but no draw comes there."""
 
 POLES: dict[str, Callable[..., Any]] = {

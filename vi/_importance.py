@@ -61,7 +61,7 @@ def ancestors(log_w: Any) -> Any:
     return jax.vmap(lambda _: sample("ancestor", _by_weight(log_w)))(jnp.arange(log_w.size))
 
 
-def _by_weight(log_w: Any) -> dist.Categorical:
+def _by_weight(log_w: Any) -> Any:
     return dist.Categorical(logits=jnp.where(jnp.any(jnp.isfinite(log_w)), log_w, 0.0))
 
 

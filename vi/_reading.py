@@ -8,22 +8,20 @@ import os
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions import constraints
 
 from expectax.ppl import _jax
 from expectax.ppl._branch import branches_of
 from expectax.ppl._distribution import Lane, over
 from expectax.ppl._frames import frames
 from expectax.ppl._sample import Site, sample_p
-from expectax.ppl._support import bounds_of, whole_space
+from expectax.ppl._support import bounds_of
 
-from ._continuity import POLES, SMOOTH, STEPS, VIEWS, Node, base, continuous, continuous_at_poles, flips, supports_known
+from ._continuity import POLES, SMOOTH, STEPS, VIEWS, Node, continuous, continuous_at_poles, flips
 from ._strategy import pathwise
+from ._support_bounds import crosses_support, fixed_bounds, interval_of
 
 _TESTS = 200
-_SIDES = (("lower_bound", -np.inf), ("upper_bound", np.inf))
 _JUMPS_BY_NATURE = ("rankdata", "mode")
 _FUNCTIONS = ("interp", "_interp", "_interp_general", "quantile", "_quantile", "percentile", "sinc", "logaddexp")
 _LIBRARIES = tuple(
@@ -177,7 +175,7 @@ class Reader:
     def _bounds(self, site: Site, leaves: list[Node]) -> tuple[Node, ...]:
         """Return the bounds of every element of a draw as functions of its parameters; none if they are not known."""
         if site.support is not None and not any(_jax.is_traced(b) for b in bounds_of(site.support)):
-            fixed = _fixed_bounds(site.support)
+            fixed = fixed_bounds(site.support)
             return () if fixed is None else tuple(Node("literal", b, (), (), "f", ()) for b in fixed)
         lanes = tuple(Lane(lane.size, lane.dims[: len(leaves)]) for lane in site.lanes)
         types = [jax.ShapeDtypeStruct(x.shape, np.dtype({"f": float, "i": int, "b": bool}[x.kind])) for x in leaves]
@@ -264,7 +262,7 @@ class Reader:
         node.step = True
         crossed = self._count() or flips(node)
         if crossed and origin.support:
-            crossed = _crosses_support(node)
+            crossed = crosses_support(node)
         elif origin.trusted:
             crossed = False
         node.step = crossed
@@ -368,45 +366,3 @@ def _meaning(eqn: Any, inputs: list[Node]) -> tuple[str, Any]:
     if any(True for _ in _jax.sub_jaxprs(eqn)):
         return op, None
     return op, tuple(sorted((name, str(value)) for name, value in eqn.params.items()))
-
-
-def _fixed_bounds(support: Any) -> tuple[float, float] | None:
-    """Return the bounds of an elementwise support that are the same for all elements, else None."""
-    if whole_space(support):
-        return -np.inf, np.inf
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    if support is constraints.simplex:
-        return 0.0, 1.0
-    found = [np.unique(np.asarray(bound, float)) for bound in bounds_of(support)]
-    if not found or any(len(bound) != 1 for bound in found):
-        return None
-    low, high = (getattr(support, name, default) for name, default in _SIDES)
-    return float(np.unique(low)[0]), float(np.unique(high)[0])
-
-
-def interval_of(site: Site, leaves: Any) -> tuple[Any, Any]:
-    """Return the bounds of a draw for given parameters of its distribution."""
-    support: Any = site.distribution(leaves).support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    if not bounds_of(support):
-        raise TypeError("no interval")
-    low, high = (jnp.asarray(getattr(support, name, default), float) for name, default in _SIDES)
-    return jnp.broadcast_to(low, site.shape), jnp.broadcast_to(high, site.shape)
-
-
-def _crosses_support(node: Node) -> bool:
-    """Tell whether a support's test of a value (first) against a bound (second) is a step in the draws.
-
-    A bound that moves with a draw is one. A bound that stands is one if the value is made of draws of known support
-    alone, which then cross it; otherwise the value is taken to lie inside, as a value that is scored should. A relation
-    of a value to itself (order, symmetry) and equalities, which hold everywhere or nowhere, are none.
-    """
-    if node.op not in ("gt", "ge", "lt", "le"):
-        return False
-    value, bound = (base(x) for x in node.inputs)
-    unbounded = value.op == "site" and all(x.op == "literal" and np.isinf(x.params) for x in value.inputs)
-    return value is not bound and (
-        bool(bound.sites) or bound.moved or supports_known(node) or (unbounded and bool(value.inputs))
-    )

@@ -76,7 +76,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", ["nuts", *(pytest.param(n, marks=pytest.mark.slow) for n in KERNELS if n != "nuts")])
 def test_moments_of_conjugate_posteriors(name):
     """|z| > 5 twice, the second time with a fresh key and four times the draws: false alarm below 1e-6."""
     posterior, size, shape = (CORRELATED, 4, (4, 4, 4)) if "dense" in name else (POSTERIOR, 8, (4, 8))
@@ -272,7 +272,7 @@ def test_an_initial_value_that_does_not_fit_is_refused(initial, error, message):
 
 def test_impossible_settings_are_refused():
     for name, value in {"num_samples": 0, "num_chains": 0, "num_warmup": -1}.items():
-        with pytest.raises(ValueError, match=f"{name} >= .*got .*{value}"):
+        with pytest.raises(ValueError, match=f"{name}.*got .*{value}"):
             short(**{name: value})
     with pytest.raises(TypeError, match="typed key"):
         short(jax.random.PRNGKey(0))

@@ -75,9 +75,8 @@ def test_the_posterior_of_a_hidden_layer():
         posterior, inference.pseudo_marginal(), key=KEY, num_warmup=1000, num_samples=4000, num_chains=4
     )
     variance = 1.0 / (1.0 + 1.0 / 1.25)
-    row = chains.summary()["theta"] if hasattr(chains.summary(), "__getitem__") else None
     x = np.asarray(chains.choices["theta"])
-    error = float(inference.summarize(chains.choices).rows[0].mcse) if row is None else float(row.mcse)
+    error = float(chains.summary()["theta"].mcse_mean)
     assert abs(x.mean() - 2.0 * variance / 1.25) < 5 * error
     assert abs(x.var() / variance - 1.0) < 0.15
     assert abs(chains.statistics["acceptance_rate"].mean() - 0.2) < 0.1

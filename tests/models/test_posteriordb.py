@@ -75,6 +75,7 @@ def test_lotka_volterra_is_stans_with_tight_tolerances():
     np.testing.assert_allclose(gradient, TIGHT_GRADIENTS, rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_lotka_volterra_is_stans_with_stans_solver():
     def slope(theta, z):
         u, v = z

@@ -233,6 +233,7 @@ def test_densities_weights_and_what_is_lost():
     assert evidence < 0
 
 
+@pytest.mark.slow
 def test_update_and_regenerate():
     program = ex.marginalize_discrete(left_over(0.3), "k")
     trace = program.simulate(KEY)

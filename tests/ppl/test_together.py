@@ -32,6 +32,7 @@ def many(count, kinds=KINDS):
     return model()
 
 
+@pytest.mark.slow
 def test_the_draws_are_those_of_each_site_alone():
     """Catches keys or rows of noise that are handed to the wrong site of a group."""
     trace = many(40, tuple(lambda i, x, k=k: k(i, 0.0) for k in KINDS)).simulate(KEY)

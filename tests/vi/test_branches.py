@@ -77,6 +77,7 @@ def test_reparametrised_branches_of_a_guide():
     two_stage_z(lambda key, n: sampler(jax.random.split(key, n)), expected, KEY, 20_000)
 
 
+@pytest.mark.slow
 def test_the_elbo_of_a_model_with_branches():
     """A spike and slab: the bound at the exact posterior is the evidence, whatever is drawn."""
 

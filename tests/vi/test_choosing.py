@@ -68,7 +68,7 @@ def test_the_table_prints_itself_and_knows_its_addresses():
 
 
 @pytest.mark.parametrize(
-    ("k", "n"), [(3, 2), *(pytest.param(k, n, marks=pytest.mark.slow) for k, n in ((2, 1), (2, 5), (3, 1), (3, 5)))]
+    ("k", "n"), [(2, 1), *(pytest.param(k, n, marks=pytest.mark.slow) for k, n in ((3, 2), (2, 5), (3, 1), (3, 5)))]
 )
 def test_enumeration_by_lanes_is_exact(k, n):
     """Each lane has its own probabilities, and its own choice after it; catches weights that leave their lane."""
@@ -300,6 +300,7 @@ def test_the_diagnosis_sees_a_bias():
     assert found.bias_p_value < 1e-6 and any("biased" in line for line in found.advice)
 
 
+@pytest.mark.slow
 def test_the_diagnosis_of_a_guide():
     """z ~ N(0, 1), y ~ N(z, 1) at y = 1: the guide N(1/2, 1/2) is exact, one that is too narrow has heavy weights."""
 

@@ -109,7 +109,14 @@ def check_identity(program: Any, values: list[Any]) -> None:
         assert abs(mass - scored[label]) < 1e-9, label  # the labels' log weights are rounded to 1e-9
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+QUICK = {"exact", "sir2", "sir2_informed", "own", "smc", "sir_of_normalized"}
+
+
+def some_slow(names: Any) -> list[Any]:
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some_slow(ALGORITHMS))
 def test_the_joint_identity_of_marginals(name):
     """F6, F7, F8: a wrong weight of a draw, of a score, or a relation between them that is not that of the contract."""
     if name in ("exact", "sir_of_normalized"):
@@ -119,7 +126,7 @@ def test_the_joint_identity_of_marginals(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["exact", "sir1", "sir2", "sir3", "sir2_proposal", "own", "ais", "ais3", "smc", "mcmc"]
+    "name", some_slow(["exact", "sir1", "sir2", "sir3", "sir2_proposal", "own", "ais", "ais3", "smc", "mcmc"])
 )
 def test_the_joint_identity_of_normalised_targets(name):
     """F9, with the same bugs in mind."""
@@ -432,8 +439,8 @@ def hidden_walk(steps, reverse=False):
     lax.scan(step, start, length=steps, reverse=reverse)
 
 
-@pytest.mark.parametrize(("n", "steps"), [(1, 2), (2, 1)])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("n", "steps"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_joint_identity_of_filters(n, steps, reverse):
     """A conditional filter that forgets its path's place, or resamples it away, fails here."""
     program = vi.marginal(hidden_walk(steps, reverse), "y", vi.bootstrap_filter(n))
@@ -500,8 +507,14 @@ def by_half():
     ex.sample("u", dist.Bernoulli(0.5))
 
 
-@pytest.mark.parametrize("strategy", [None, vi.Reinforce(baseline=None)], ids=["default", "reinforce"])
-@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        pytest.param(n, s, id=f"{n}-{how}", marks=() if s and n == "normalized" else pytest.mark.slow)
+        for n in BOUNDS
+        for how, s in (("default", None), ("reinforce", vi.Reinforce(baseline=None)))
+    ],
+)
 def test_bounds_with_estimates_have_exact_gradients(name, strategy):
     """A hidden choice whose score is lost, or a retained particle without derivative, biases these."""
     bound = BOUNDS[name]
