@@ -63,7 +63,10 @@ def _moved(axis: int | Causal | None, move: Callable[[int], int | None]) -> int 
     if isinstance(axis, Causal):
         to = _moved(axis.axis, move)
         return Causal(to, axis.reverse) if isinstance(to, int) else None
-    return axis if axis is None or axis < 0 else move(axis)
+    if axis is None or axis < 0:
+        return axis
+    to = move(axis)
+    return None if to is None else int(to)  # JAX's parameters have numbers of numpy's among them
 
 
 def mixed(dependence: Dependence) -> Dependence:

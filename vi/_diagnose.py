@@ -181,7 +181,7 @@ class _Measuring:
         """Return mean, variance and seconds per estimate."""
         keys = jax.random.split(jax.random.fold_in(self.key, fold), self.num_estimates)
 
-        @jax.jit
+        @eqx.filter_jit
         def run(keys: Any, params: Any) -> Any:
             first = gradient(keys[0], params)
 
@@ -218,7 +218,7 @@ class _Measuring:
     def fits(self, address: str, strategy: Strategy) -> bool:
         """Tell whether a strategy may stand at a site."""
         try:
-            jax.eval_shape(self.gradient({address: strategy}), self.key, self.params)
+            eqx.filter_eval_shape(self.gradient({address: strategy}), self.key, self.params)
         except StrategyError:
             return False
         return True

@@ -7,10 +7,12 @@ import html
 import math
 from typing import Any
 
+import equinox as eqx
 import jax
 
 from expectax.ppl import AddressError, _jax
 from expectax.ppl._errors import nearest
+from expectax.ppl._staging import as_data
 
 from ._alternatives import replaced_singly
 from ._layout import Choice, Layout
@@ -82,7 +84,7 @@ def estimators(objective: Objective, params: Any) -> Estimators:
         layouts.append(objective.staged(params).layout)
         return 0
 
-    jax.eval_shape(staged, params)
+    eqx.filter_eval_shape(staged, as_data(params))
     return Estimators(tuple(_row(layouts[0], choice) for choice in layouts[0].choices))
 
 

@@ -1,5 +1,6 @@
 """Inputs at the edge: no lanes, impossible alternatives and particles, numbers that are not real."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,3 +82,15 @@ def test_what_is_no_real_number_is_refused():
         vi.value_and_grad(vi.objective(lambda p: 1j * ex.sample("x", dist.Normal(p, 1.0))))(0.3, KEY)
     with pytest.raises(ValueError, match="num_samples"):
         vi.value_and_grad(vi.objective(lambda p: ex.sample("x", dist.Normal(p, 1.0))))(0.3, KEY, num_samples=0)
+
+
+def test_parameters_may_hold_functions():
+    """A network holds its activation; the tables of estimators and noise once could not take it."""
+    network = eqx.nn.MLP(1, 1, 2, 1, key=KEY)
+
+    @vi.objective
+    def objective(network):
+        return network(ex.sample("x", dist.Normal(jnp.zeros(1), 1.0)))[0]
+
+    assert vi.estimators(objective, network)["x"]["strategy"] == "Reparam()"
+    assert np.isfinite(vi.diagnose(objective, network, KEY, num_estimates=20).total.noise)
