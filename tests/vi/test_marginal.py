@@ -333,6 +333,46 @@ def test_branches_count_only_where_they_are_taken():
     assert abs(branch().assess({"b": 0, "m": {"x": 1}})[0] - np.log(0.75)) < 1e-12
 
 
+def test_lanes_of_marginals_with_time_inside():
+    """A kept choice of a scan inside the marginal: its time axis stays in front of the lanes around the marginal."""
+
+    @ex.model
+    def series(s):
+        k = ex.sample("k", dist.Bernoulli(0.5))
+        lax.scan(lambda c, t: (c, ex.sample("y", dist.Normal(1000.0 * s + 10.0 * t + k, 1e-3))), 0.0, jnp.arange(3.0))
+
+    @ex.model
+    def lanes(scales):
+        return jax.vmap(lambda s: ex.sample("m", vi.marginal(series(s), "y", vi.exact()))["y"])(scales)
+
+    scales = jnp.array([1.0, 2.0])
+    trace = lanes(scales).simulate(KEY)
+    assert trace["m/y"].shape == lanes(scales).sites()["m"]["y"].shape == (3, 2)
+    assert np.array_equal(np.round(trace["m/y"], -1), 10.0 * np.arange(3)[:, None] + 1000.0 * np.asarray(scales))
+    assert trace.retval.shape == (2, 3)
+    assert abs(lanes(scales).assess(trace.choices)[0] - trace.log_density) < 1e-6
+
+
+@pytest.mark.parametrize("algorithm", [vi.exact(), vi.sir(2)], ids=["exact", "sir"])
+def test_branches_over_lanes_count_only_where_they_are_taken(algorithm):
+    flags = jnp.array([True, False, True])
+
+    @ex.model
+    def branches():
+        def one(flag):
+            site = lambda: ex.sample("m", vi.marginal(chain(0.3), "x", algorithm))["x"]  # noqa: E731
+            return ex.cond(flag, site, lambda: jnp.zeros((), jnp.result_type(int)))
+
+        return jax.vmap(one)(flags)
+
+    value = {"m": {"x": jnp.array([1, 1, 0])}}
+    q, estimates = all_runs(lambda: vi.log_density(branches(), value))
+    assert abs(np.sum(q * np.exp(estimates)) - 0.35 * 0.65) < 1e-12
+    trace = branches().simulate(KEY)
+    assert np.array_equal(trace.present["m"]["x"], flags)
+    assert trace.retval[1] == 0
+
+
 def test_an_exact_marginal_is_a_likelihood_for_nuts():
     """A mixture in a model: the gradient is that of the sum; a latent with its support fixed can be sampled too."""
     data = jnp.array([-1.2, 0.8, 1.1, 5.0])
