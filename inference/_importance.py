@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from expectax.ppl import ControlFlowError, NonFiniteError, Posterior, Program, _jax
+from expectax.ppl import ControlFlowError, DistributionError, NonFiniteError, Posterior, Program, _jax
 from expectax.ppl._compile import compiled
 from expectax.ppl._match import check_guide
 from expectax.ppl._nested import leaves_of
@@ -65,12 +65,18 @@ def importance(
 
 @compiled
 def _importance(posterior: Posterior, proposal: Program | None, key: Any, num_particles: int) -> Particles:
+    estimated = any(entry.estimated for _, entry in leaves_of(posterior.program.sites()))
+
     def particle(key: Any) -> Any:
         if proposal is None:
             trace, log_weight = posterior.generate(key)
             return posterior.latents(trace.choices), log_weight
-        trace = proposal.simulate(key)
-        return trace.choices, posterior.log_density(trace.choices) - trace.log_density
+        if not estimated:
+            trace = proposal.simulate(key)
+            return trace.choices, posterior.log_density(trace.choices) - trace.log_density
+        key_draw, key_score = jax.random.split(key)
+        trace = proposal.simulate(key_draw)
+        return trace.choices, posterior.log_density(trace.choices, key=key_score) - trace.log_density
 
     choices, log_weights = _jax.over_lanes(particle, num_particles)(key)
     return Particles(choices, log_weights, jnp.zeros((), log_weights.dtype))
@@ -96,7 +102,7 @@ def blamed_site(posterior: Posterior, latents: Any) -> str | None:
     """Return the path of the first site whose log density is not finite at the latents."""
     try:
         scores = posterior.site_log_densities(latents)
-    except ControlFlowError:  # a program whose choices are summed out has no densities site by site
+    except (ControlFlowError, DistributionError):  # what is summed out, or estimated, has no densities site by site
         return None
     for path, value in leaves_of(scores):
         if not np.isfinite(np.asarray(value)).all():

@@ -102,7 +102,7 @@ def _fivo(
 
     def particle(state: Any, y: Choices) -> Any:
         x, log_q = simulate(guide_step(params, state, y))
-        log_p, following = model_step(params, state).assess(merged(x, y))
+        log_p, following = model_step(params, state).assess_inside(merged(x, y))
         return log_p - log_q, _like(following, initial)
 
     def step(cloud: Any, y: Choices) -> Any:

@@ -23,6 +23,7 @@ from ._shared import (
     check_target,
     log_mean_exp,
     matched,
+    refuse_estimate,
     replaced,
     still,
     still_particles,
@@ -136,6 +137,7 @@ def stl(posterior: Target, guide: Guide) -> Objective:
 def _stl(posterior: Target, guide: Guide, params: Any) -> Any:
     target = matched(posterior, guide, params)
     check_reparametrized("stl", guide(params))
+    refuse_estimate(guide(params), "stl")
     z, _ = simulate(guide(params))
     return log_density(target, z) - log_density(guide(still(params)), z)
 
@@ -173,6 +175,8 @@ def dreg(posterior: Target, guide: Guide, num_particles: int) -> Objective:
 def _dreg(posterior: Target, guide: Guide, num_particles: int, params: Any) -> Any:
     target, resting = matched(posterior, guide, params), target_at(posterior, still(params))
     check_reparametrized("dreg", guide(params))
+    refuse_estimate(guide(params), "dreg")
+    refuse_estimate(target.program, "dreg")
 
     def particle(_: Any) -> Any:
         z, _ = simulate(guide(params))

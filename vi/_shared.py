@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from expectax.ppl import Model, Posterior, Program, _jax
+from expectax.ppl import DistributionError, Model, Posterior, Program, _jax
 from expectax.ppl._match import check_guide
+from expectax.ppl._nested import leaves_of
 
 from ._objective import log_density, simulate
 
@@ -65,12 +66,23 @@ def log_weights(target: Posterior, guide: Program, num_particles: int) -> Any:
     return jax.vmap(particle)(jnp.arange(num_particles))
 
 
+def refuse_estimate(program: Program, what: str) -> None:
+    """Refuse a program whose density is only estimated where that density is scored beside a draw."""
+    for path, entry in leaves_of(program.sites()):
+        if entry.estimated:
+            raise DistributionError(
+                f"{what}: the density of {path!r} (at {entry.site.where}) is only estimated, and an estimate made for a "
+                "value that was drawn before would bias the bound. Use vi.elbo or vi.iwelbo, or vi.exact() in the marginal."
+            )
+
+
 def still_particles(target: Posterior, guide: Guide, params: Any, num_particles: int) -> tuple[Any, Any]:
     r"""Return $\log p(z_i, y)$ and $\log q(z_i)$ of particles drawn from the guide *at stopped parameters*.
 
     The two densities have derivatives, the particles have none: an objective that is written with them says itself
     what its gradient is, and no strategy of a site of the guide matters.
     """
+    refuse_estimate(guide(params), "this objective's guide")
 
     def particle(_: Any) -> Any:
         z, _ = simulate(guide(still(params)))

@@ -15,7 +15,7 @@ from jax import lax
 from scipy import stats
 
 import expectax as ex
-from expectax import dist, vi
+from expectax import dist, inference, vi
 from expectax.ppl import AddressError, ControlFlowError, DistributionError
 from helpers import two_stage_z
 
@@ -573,3 +573,64 @@ def test_bounds_with_estimates_have_exact_gradients(name, strategy):
         np.testing.assert_allclose(few[0], [expected(0.6), exact], rtol=1e-7)
     else:
         two_stage_z(lambda key, n: run(jax.random.split(key, n)), np.array([expected(0.6), exact]), KEY, 4000)
+
+
+# --- with the rest of the toolkit -------------------------------------------------------------------------------
+
+
+@ex.model
+def standard():
+    ex.sample("x", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize("side", ["proposal", "model", "both"])
+def test_importance_weights_with_estimates_are_unbiased(side):
+    """Draws of the proposal bring their own weight; the model's estimate is unbiased: so is the evidence."""
+    estimated = vi.marginal(normals(0.5), "x", vi.sir(3))
+    proposal = estimated if side != "model" else wide_x()
+    posterior = (observed_twice() if side != "proposal" else standard()).given(
+        {} if side == "proposal" else {"y": {"x": 0.7}}
+    )
+    if side == "proposal":
+        exact = 0.0
+    else:  # y ~ N(x, 1 + 0.25), x ~ N(0, 1)
+        exact = stats.norm.logpdf(0.7, 0.0, 2.25**0.5)
+    logs = [
+        inference.importance(posterior, proposal, key=key, num_particles=4000).log_evidence
+        for key in jax.random.split(KEY, 10)
+    ]
+    estimate, error = log_mean_exp(np.array(logs))
+    assert abs(estimate - exact) < 5 * error + 1e-3
+
+
+@ex.model
+def wide_x():
+    ex.sample("x", dist.Normal(0.0, 1.5))
+
+
+@ex.model
+def shifted(x):
+    u = ex.sample("u", dist.Normal(x, 0.5))
+    ex.sample("x", dist.Normal(u, 1.0))
+
+
+@ex.model
+def observed_twice():
+    x = ex.sample("x", dist.Normal(0.0, 1.0))
+    ex.sample("y", vi.marginal(shifted(x), "x", vi.sir(2)))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda g: vi.wake_sleep(standard().given({}), g, 3),
+        lambda g: vi.wake_guide(standard().given({}), g, 3),
+        lambda g: vi.vimco(standard().given({}), g, 3),
+        lambda g: vi.thermodynamic(standard().given({}), g, 3, (0.0, 1.0)),
+    ],
+)
+def test_objectives_that_score_their_own_draws_refuse_estimates(objective):
+    """A score of a value that was drawn before is no reciprocal: its bound would lie above the evidence."""
+    guide = lambda p: vi.marginal(normals(p), "x", vi.sir(2))  # noqa: E731
+    with pytest.raises(DistributionError, match="'x'.*only estimated"):
+        vi.value_and_grad(objective(guide))(0.5, KEY)
