@@ -60,8 +60,10 @@ class PseudoMarginal:
         move = root @ noise if self.dense_mass else root * noise
         proposed = state.position + parameters["step_size"] * move
         log_density_there = log_density(proposed, key_density)
-        log_ratio = jnp.where(jnp.isnan(log_density_there), -jnp.inf, log_density_there) - state.logdensity
-        rate = jnp.exp(jnp.minimum(log_ratio, 0.0))
+        # from an estimate of 0 anything possible is accepted, and nothing impossible or nan ever
+        log_ratio = jnp.where(log_density_there > -jnp.inf, log_density_there - state.logdensity, -jnp.inf)
+        rate = jnp.exp(jnp.minimum(jnp.where(jnp.isnan(state.logdensity), jnp.inf, log_ratio), 0.0))
+        rate = jnp.where(log_density_there > -jnp.inf, rate, 0.0)
         accept = jax.random.uniform(key_accept) < rate
         following = jax.tree.map(lambda a, b: jnp.where(accept, a, b), State(proposed, log_density_there), state)
         return following, Info(rate, -following.logdensity)

@@ -34,6 +34,17 @@ class Observed(NamedTuple):
     value: Any
 
 
+class Unweighed(NamedTuple):
+    """A value that is given, and scored, but has no part in the weight of a `weigh` or `project`."""
+
+    value: Any
+
+
+def plain(given: Any) -> Any:
+    """Return a given value without what is said about it."""
+    return given.value if isinstance(given, (Observed, Unweighed)) else given
+
+
 class Visit(NamedTuple):
     """What a visitor did at a site: `record` enters the choices, the densities have one number per element or are 0."""
 
@@ -180,7 +191,7 @@ def _at_site(eqn: Any, operands: Any, visitor: Visitor, source: Any, given: dict
     asked = own if counted is None else safe(site, leaves, own, counted, visitor)
     visit = visitor.visit(site, leaves, source, asked, counted)
     if asked is not own:  # what does not count goes on as it was given
-        given_value: Any = own.value if isinstance(own, Observed) else own
+        given_value: Any = plain(own)
         visit = visit._replace(value=jnp.where(expand(counted, visit.value), visit.value, given_value))
         visit = visit._replace(record=own) if visitor.kind in _SCORING else visit
     log_density, log_weight = _counted(visit, extras.get("scale"), counted)
@@ -195,13 +206,13 @@ def _at_site(eqn: Any, operands: Any, visitor: Visitor, source: Any, given: dict
 
 def safe(site: Site, leaves: Any, given: Any, mask: Any, visitor: Visitor) -> Any:
     """Return a given value with something possible where it does not count: nan there would spoil derivatives."""
-    value = given.value if isinstance(given, Observed) else given
-    scores = isinstance(given, Observed) or visitor.kind in _SCORING or visitor.kind == "record"
+    value = plain(given)
+    scores = value is not given or visitor.kind in _SCORING or visitor.kind == "record"
     if not scores or value is None or isinstance(value, Masked) or not isinstance(value, (jax.Array, np.ndarray)):
         return given
     possible = lanes_of(site, lambda v, xs: feasible(site.distribution(xs), v), value, leaves=leaves)
     value = jnp.where(expand(mask, value), value, possible.astype(jnp.result_type(value)))
-    return Observed(value) if isinstance(given, Observed) else value
+    return type(given)(value) if isinstance(given, (Observed, Unweighed)) else value
 
 
 def _counted(visit: Visit, scale: Any, mask: Any) -> tuple[Any, Any]:
@@ -265,7 +276,8 @@ def _scan(eqn: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, An
     body, length = eqn.params["jaxpr"], eqn.params["length"]
     cut = num_consts + num_carry
     consts, carry, xs = values[:num_consts], values[num_consts:cut], values[cut:]
-    here = {address: given[address] for address in site_table(body) if address in given}
+    # where nothing is given an address may occur twice: in the draws of an estimated density
+    here = {address: given[address] for address in site_table(body) if address in given} if given else {}
     here = jax.tree.map(_without_positions, here, is_leaf=lambda g: isinstance(g, Masked))
     plan = None if key is None else plan_of(body, here)
     step_noise, of_step = (None, lambda _: None) if plan is None else drawn_for_steps(plan, key, length)

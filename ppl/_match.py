@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from ._errors import AddressError, ShapeError, SupportError, nearest
-from ._nested import leaves_of
+from ._errors import AddressError, ControlFlowError, ShapeError, SupportError, nearest
+from ._nested import Choices, leaves_of
 from ._posterior import Posterior
 from ._program import Program
 from ._support import contains
-from ._table import Entry
+from ._table import Entry, choices_of
+
+
+def check_drawn(table: Choices, what: str) -> None:
+    """Refuse a program with data or factors of its own: running it does not draw from the density that it has."""
+    for path, entry in leaves_of(table):
+        if entry.kind == "observed":
+            raise ControlFlowError(
+                f"{what}: {path!r} at {entry.site.where} is observed (or a factor) inside the program, whose draws then "
+                "have not the density that it gives them. Condition it from outside (program.given), and normalise it "
+                "if it is to be drawn from (vi.normalize)."
+            )
 
 
 def check_guide(guide: Program, posterior: Posterior, where: str, covering: bool = False) -> None:
@@ -17,7 +28,9 @@ def check_guide(guide: Program, posterior: Posterior, where: str, covering: bool
     its latent's (else $E_q[\log p]$ is minus infinity); with `covering`, as importance sampling needs, also the other
     way round.
     """
-    sites = dict(leaves_of(guide.sites()))
+    table = guide.table()
+    check_drawn(table, f"the guide used at {where}")
+    sites = dict(leaves_of(choices_of(table)))
     latents = dict(leaves_of(posterior.latent_sites()))
     observed = dict(leaves_of(posterior.observations))
     for path, entry in sites.items():

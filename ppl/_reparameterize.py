@@ -84,6 +84,11 @@ def reparameterize(
         if path in observed:
             raise AddressError(f"reparameterize at {_jax.caller()}: site {path!r} is observed.")
         entry = sites[path]
+        if entry.joint:
+            raise DistributionError(
+                f"reparameterize at {_jax.caller()}: {path!r} (at {entry.site.where}) has a density that is estimated or "
+                "summed. Reparameterize the program that vi.marginal or vi.normalize is made of."
+            )
         if not _is_location_scale(entry.site.distribution([None] * entry.site.structure.num_leaves)):
             raise DistributionError(
                 f"reparameterize at {_jax.caller()}: site {path!r} (at {entry.site.where}) has no location and scale."

@@ -15,7 +15,7 @@ from . import _jax
 from ._branch import branch_p, branches_of
 from ._distribution import over
 from ._evaluate import underived
-from ._nested import Choices
+from ._nested import Choices, leaves_of
 from ._nesting import nest, scope_address
 from ._observe import Recorded, deterministic_p
 from ._sample import Site, bind_site, sample_p
@@ -108,7 +108,17 @@ class _Rewriting(NamedTuple):
             return self._branches(eqn, branches, values, data, path)
         if eqn.primitive.name == "marginal":
             return self._marginal(eqn, values, data, path)
+        if eqn.primitive.name == "stochastic" and not self._meant(eqn, data, path):
+            return _jax.bind(eqn, values)
         raise unfollowable(eqn)
+
+    def _meant(self, eqn: Any, data: Choices, path: str) -> bool:
+        """Tell whether a change is meant for choices that have one density together."""
+        changed = dict(leaves_of(data))
+        return any(
+            name in changed or self.renaming(path + name) != name.rsplit("/", 1)[-1]
+            for name, _ in eqn.params["density"].entries
+        )
 
     def _site(self, site: Site, operands: list[Any], data: Choices, path: str) -> Any:
         count = site.structure.num_leaves

@@ -26,7 +26,7 @@ from numpyro import distributions as dist
 from . import _jax
 from ._distribution import Lane
 from ._errors import ControlFlowError, DistributionError, OutsideModelError, SupportError
-from ._evaluate import NOTHING, Observed, Outcome, Visitor, evaluate
+from ._evaluate import NOTHING, Observed, Outcome, Unweighed, Visitor, evaluate, plain
 from ._masked import Masked, expand
 from ._nested import Choices, leaves_of, nested
 from ._sample import sample_p
@@ -72,7 +72,8 @@ def bind_stochastic(
     draws, own = _jax.opened(jax.make_jaxpr(drawn)())
     estimates, others = _jax.opened(jax.make_jaxpr(estimated)(*types))
     density = Density(draws, estimates, (), len(own))
-    marked = tuple((path, entry._replace(estimated=not density.exact)) for path, entry in entries.items())
+    flags = {"joint": True, "estimated": not density.exact}
+    marked = tuple((path, entry._replace(**flags)) for path, entry in entries.items())
     density = density._replace(entries=marked)
     values = stochastic_p.bind(*own, *others, density=density)
     return nested(zip(paths, values, strict=True))
@@ -151,6 +152,11 @@ def evaluate_stochastic(eqn: Any, values: Any, visitor: Visitor, key: Any, given
         asked, wanted = _wanted(asked)
         if not wanted:
             return _outcome(density, list(asked.values()), list(asked.values()), 0.0, 0.0, mask)
+    if visitor.kind not in ("generate", "rebind", "assess", "weigh", "project", "record", "constrain", "unconstrain"):
+        raise ControlFlowError(
+            f"the choices {density.named} have one density together, estimated or summed, which this cannot look into. "
+            "Apply it to the program that vi.marginal or vi.normalize is made of."
+        )
     _refuse_parts(density, asked, visitor)
     if visitor.kind == "unconstrain":
         return _unconstrained(density, asked, mask)
@@ -183,13 +189,13 @@ def _wanted(asked: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     flags = {path: _flag(x) for path, x in asked.items()}
     if len(set(flags.values())) > 1 or None in flags.values():
         return asked, True
-    return {path: x.value if isinstance(x, Masked) else x for path, x in asked.items()}, True in flags.values()
+    return {p: x.value if isinstance(x, Masked) else plain(x) for p, x in asked.items()}, True in flags.values()
 
 
 def _flag(value: Any) -> bool | None:
     """Return whether a choice is wanted; None where it is in part, or is not known yet."""
     if not isinstance(value, Masked):
-        return True
+        return not isinstance(value, Unweighed)
     if _jax.is_traced(value.mask):
         return None
     flags = np.asarray(value.mask)
@@ -204,7 +210,8 @@ def _refuse_parts(density: Density, asked: dict[str, Any], visitor: Visitor) -> 
         raise DistributionError(
             f"the choices {density.named} have one density together: give all of them, whole, or none. "
             + (f"Not given: {', '.join(map(repr, missing))}. " if missing else "")
-            + (f"Given or selected in part: {', '.join(map(repr, partial))}." if partial else "")
+            + (f"Given or selected in part: {', '.join(map(repr, partial))}. " if partial else "")
+            + "(To integrate over a part of them: vi.sir with a proposal.)"
         )
     if visitor.kind in ("weigh", "project") and not density.exact:
         raise DistributionError(

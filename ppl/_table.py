@@ -22,7 +22,8 @@ class Entry(NamedTuple):
     times: tuple[int, ...]
     conditional: bool = False  # stands in a branch that may not be taken, or has a mask
     missing: int | None = None  # of a partly observed site: this entry stands for so many missing elements
-    estimated: bool = False  # its density is only estimated
+    joint: bool = False  # of `vi.marginal` or `vi.normalize`: one density for several choices
+    estimated: bool = False  # that density is only estimated
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from numpyro import distributions as dist
 
 from ._draw import draw
 from ._errors import DistributionError, ShapeError, SupportError
-from ._evaluate import Observed, Visit, Visitor
+from ._evaluate import Observed, Unweighed, Visit, Visitor, plain
 from ._masked import Masked, expand
 from ._mistakes import check_closed
 from ._noise import Noise
@@ -83,7 +83,7 @@ def _generate(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Vi
 
 
 def _value(given: Any) -> Any:
-    return given.value if isinstance(given, Observed) else given
+    return plain(given)
 
 
 def _assess(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
@@ -97,7 +97,8 @@ def _assess(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visi
 def _weigh(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
     """Score the given value, and weigh those elements that its mask wants."""
     if not isinstance(given, Masked):
-        return _assess(site, leaves, source, given, mask)
+        visit = _assess(site, leaves, source, given, mask)
+        return visit._replace(log_weight=0.0) if isinstance(given, Unweighed) else visit
     visit = _assess(site, leaves, source, given.value, mask)
     return visit._replace(log_weight=jnp.where(given.mask, visit.log_density, 0.0))
 

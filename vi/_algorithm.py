@@ -17,10 +17,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from expectax.ppl import DistributionError, Posterior, Program, ShapeError, _jax
+from expectax.ppl._evaluate import Unweighed
 from expectax.ppl._masked import Masked
 from expectax.ppl._match import check_guide
 from expectax.ppl._nested import Choices, leaves_of, merged, nested
@@ -149,7 +149,6 @@ def _log_weight_by_prior(target: Posterior, latents: Choices, log_gamma: Any) ->
 
 def _projected(target: Posterior, rest: Choices, wanted: Choices, visitor: Any) -> Any:
     """Return the log density of some choices' own sites, given the rest."""
-    staged = stage(target.program)
-    elements = {path: entry.elements for path, entry in leaves_of(staged.sites)}
-    others = nested((path, Masked(value, np.zeros(elements[path], bool))) for path, value in leaves_of(rest))
-    return jnp.asarray(scalar(staged.run(visitor, None, merged(wanted, others)).log_weight))
+    others = nested((path, Unweighed(value)) for path, value in leaves_of(rest))
+    total = stage(target.program).run(visitor, None, merged(wanted, others)).log_weight
+    return jnp.asarray(scalar(total))

@@ -24,10 +24,11 @@ from jax import lax
 from jaxtyping import Array, Float
 from numpyro import distributions as dist
 
-from expectax.ppl import DistributionError, Posterior, Program, sample
+from expectax.ppl import AddressError, DistributionError, Posterior, Program, SupportError, _jax, sample
 from expectax.ppl._nested import Choices, leaves_of
 from expectax.ppl._nesting import nest
 from expectax.ppl._staging import as_data
+from expectax.ppl._support import whole_space
 
 from ._algorithm import Proposal, Run
 from ._importance import ancestors, chosen
@@ -79,6 +80,8 @@ class _Path:
         self.algorithm, self.target = algorithm, target
         self.proposal = Proposal.of(algorithm.proposal, target)
         _refuse_estimates(self.proposal, target)
+        if isinstance(algorithm.kernel, (RandomWalk, Langevin)):
+            _refuse_shapes(target)
         self.betas = jnp.asarray(algorithm.temperatures, jnp.result_type(float))
         self.steps = jnp.diff(self.betas, prepend=0.0)
 
@@ -117,7 +120,7 @@ class _Path:
         def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
             cloud, log_z = carry
             change, beta, following = inputs
-            log_w = change * jax.vmap(self.log_ratio)(cloud)
+            log_w = _tempered(change, jax.vmap(self.log_ratio)(cloud))
             index = ancestors(log_w) if log_w.size > 1 else jnp.zeros(1, int)
             cloud = jax.vmap(self.move, (0, None))(jax.tree.map(lambda x: x[index], cloud), beta)
             if following is not None:
@@ -127,8 +130,13 @@ class _Path:
         following = None if own is None else jax.tree.map(lambda x: x[1:], own)
         inputs = (self.steps[:-1], self.betas[:-1], following)
         (cloud, log_z), _ = lax.scan(step, (cloud, jnp.zeros((), self.betas.dtype)), inputs)
-        log_w = self.steps[-1] * jax.vmap(self.log_ratio)(cloud)
+        log_w = _tempered(self.steps[-1], jax.vmap(self.log_ratio)(cloud))
         return cloud, log_w, log_z + log_mean_exp(log_w)
+
+
+def _tempered(change: Any, log_ratio: Any) -> Any:
+    """Return the log weights of a step; where the temperature stays, an impossible particle weighs like any other."""
+    return jnp.where(change == 0.0, 0.0, jnp.where(change == 0.0, 1.0, change) * log_ratio)
 
 
 def _refuse_estimates(proposal: Proposal, target: Posterior) -> None:
@@ -141,6 +149,17 @@ def _refuse_estimates(proposal: Proposal, target: Posterior) -> None:
                     f"the density of {path!r} at {entry.site.where} is only estimated, but a Markov kernel needs an exact "
                     "one. Use vi.sir, whose weights may be estimates."
                 )
+
+
+def _refuse_shapes(target: Posterior) -> None:
+    """Refuse latents on a simplex and the like, which added noise leaves at every step."""
+    for path, entry in leaves_of(target.latent_sites()):
+        support = entry.site.support
+        if support is not None and support.event_dim > 0 and not whole_space(support):
+            raise SupportError(
+                f"the kernel adds noise to {path!r} at {entry.site.where}, whose support ({support}) it would leave at every "
+                "step. Write a kernel of your own, or use vi.sir."
+            )
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------
@@ -159,7 +178,7 @@ def random_walk(scale: Any) -> Kernel:
 
     Example: see `vi.smc`.
     """
-    return RandomWalk(as_data(scale))
+    return RandomWalk(_positive(scale, "random_walk"))
 
 
 class RandomWalk(eqx.Module):
@@ -187,7 +206,7 @@ def langevin(step_size: Any) -> Kernel:
 
     Example: see `vi.smc`, with `vi.langevin(0.5)` in place of `vi.random_walk(0.5)`.
     """
-    return Langevin(as_data(step_size))
+    return Langevin(_positive(step_size, "langevin"))
 
 
 class Langevin(eqx.Module):
@@ -211,7 +230,16 @@ def _log_step(start: Choices, drift: Choices, end: Choices, sizes: Choices) -> A
     return -0.5 * sum(jax.tree.leaves(terms))
 
 
+def _positive(scale: Any, what: str) -> Any:
+    for x in jax.tree.leaves(scale := as_data(scale)):
+        if not _jax.is_traced(x) and not np.all(np.asarray(x) > 0):
+            raise ValueError(f"{what} needs a positive scale, got {x}.")
+    return scale
+
+
 def _scales(scale: Any, z: Choices) -> Choices:
+    if isinstance(scale, dict) and jax.tree.structure(scale) != jax.tree.structure(z):
+        raise AddressError(f"the kernel has scales for {sorted(scale)}, but the latents are {sorted(z)}.")
     return scale if isinstance(scale, dict) else jax.tree.map(lambda _: scale, z)
 
 
@@ -266,6 +294,8 @@ def smc(num_particles: int, kernel: Kernel, *, temperatures: Any = 10, proposal:
         True
     """
     check_particles("smc", num_particles)
+    if not callable(kernel):
+        raise TypeError(f"smc needs a kernel such as vi.random_walk(0.5), got {kernel!r}.")
     if isinstance(temperatures, int) and not isinstance(temperatures, bool):
         if temperatures < 1:
             raise ValueError(f"smc needs at least one temperature, got {temperatures}.")
@@ -304,6 +334,6 @@ def mcmc(kernel: Kernel, num_steps: int, *, proposal: Program | Any = None) -> A
         >>> bool(abs(draws["z"].mean() - 1.0) < 0.1)
         True
     """
-    if num_steps < 0:
-        raise ValueError(f"mcmc needs num_steps >= 0, got {num_steps}.")
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
+        raise ValueError(f"mcmc needs a whole num_steps >= 0, got {num_steps!r}.")
     return smc(1, kernel, temperatures=np.ones(num_steps + 1), proposal=proposal)

@@ -42,7 +42,16 @@ class Exact(eqx.Module):
     def evidence(self, target: Posterior) -> Any:
         """Sum all latents out, by variable elimination."""
         hidden = [path for path, _ in leaves_of(target.latent_sites())]
-        return score(marginalize_discrete(target.program, hidden), target.observations)
+        try:
+            return score(marginalize_discrete(target.program, hidden), target.observations)
+        except ControlFlowError:  # what elimination cannot take apart may be few values all the same
+            try:
+                values = _joint_values(target)
+            except ControlFlowError:
+                values = None
+            if values is None:
+                raise
+            return jax.nn.logsumexp(jax.vmap(lambda z: score(target, z))(values))
 
 
 def exact() -> Exact:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from expectax.ppl import AddressError, ControlFlowError, Posterior, Program, _jax, model
+from expectax.ppl._match import check_drawn
 from expectax.ppl._nested import Choices, leaves_of, nested
 from expectax.ppl._program import bound_program
 from expectax.ppl._selection import chosen_by
 from expectax.ppl._staging import stage
 from expectax.ppl._stochastic import bind_stochastic
-from expectax.ppl._table import Entry
+from expectax.ppl._table import Entry, choices_of
 
 from ._algorithm import Algorithm, check_algorithm, evidence
 from ._exact import Exact
@@ -43,7 +46,8 @@ def marginal(program: Program, keep: Any, algorithm: Algorithm | None = None) ->
 
     Raises:
         AddressError: `keep` is unknown, or is everything or nothing.
-        ControlFlowError: a kept choice stands in a branch, or is kept by index.
+        ControlFlowError: a kept choice stands in a branch, or is kept by index; or the program observes something by
+            itself (`observe`, `factor`, `condition`), so that running it does not draw from its density: normalise it.
         TypeError: `algorithm` is none.
 
     Sources: Becker et al., PLDI 2024 (section 4); Ranganath et al. 2016 (hierarchical guides); Lew et al. 2022 (RAVI).
@@ -63,7 +67,9 @@ def marginal(program: Program, keep: Any, algorithm: Algorithm | None = None) ->
         True
     """
     algorithm = check_algorithm(Exact() if algorithm is None else algorithm, "vi.marginal")
-    sites = bound_program(program, "vi.marginal").sites()
+    table = bound_program(program, "vi.marginal").table()
+    check_drawn(table, "vi.marginal")
+    sites = choices_of(table)
     chosen = chosen_by(keep, sites, "vi.marginal")
     kept = {path: entry for path, entry in leaves_of(sites) if chosen[path] is not False}
     for path in kept:
@@ -136,11 +142,14 @@ def normalize(posterior: Posterior, algorithm: Algorithm) -> Program:
 def _normalized(posterior: Posterior, algorithm: Algorithm) -> Choices:
     def draw() -> tuple[Choices, Any]:
         run = algorithm.run(posterior)
-        return run.latents, run.log_density - run.log_evidence
+        # where all that the run saw is impossible its evidence is 0, and so is 1 / density
+        log_weight = jnp.where(run.log_evidence == -jnp.inf, jnp.inf, run.log_density - run.log_evidence)
+        return run.latents, log_weight
 
     def estimate(z: Choices) -> Any:
         log_gamma = log_density(posterior, z)
-        return log_gamma - algorithm.conditional(posterior, z, log_gamma)
+        possible = jnp.where(log_gamma == -jnp.inf, 0.0, algorithm.conditional(posterior, z, log_gamma))
+        return log_gamma - possible
 
     sites = posterior.latent_sites()
     return bind_stochastic(draw, estimate, _entries(sites, [path for path, _ in leaves_of(sites)], "vi.normalize"))

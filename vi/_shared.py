@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from expectax.ppl import DistributionError, Model, Posterior, Program, _jax
@@ -31,9 +32,9 @@ def check_target(posterior: Any) -> None:
 
 
 def check_particles(name: str, num_particles: int, least: int = 1) -> None:
-    """Refuse a number of particles that is too small for an objective."""
-    if num_particles < least:
-        raise ValueError(f"{name} needs num_particles >= {least}, got {num_particles}.")
+    """Refuse a number of particles that is too small for an objective, or no whole number."""
+    if isinstance(num_particles, bool) or not isinstance(num_particles, (int, np.integer)) or num_particles < least:
+        raise ValueError(f"{name} needs num_particles >= {least}, a whole number, got {num_particles!r}.")
 
 
 def target_at(posterior: Target, params: Any) -> Posterior:

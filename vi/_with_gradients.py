@@ -46,10 +46,15 @@ def with_gradients(guide: Any, strategies: Mapping[str, Strategy]) -> Any:
         if not callable(guide):
             raise TypeError(f"with_gradients at {where} takes a bound program or a function of one, got {guide!r}.")
         return _lifted(guide, strategies, where)
-    known = {path for path, entry in leaves_of(guide.sites())}
+    known = dict(leaves_of(guide.sites()))
     for address in strategies:
         if address not in known:
             raise AddressError(f"with_gradients at {where}: there is no site {address!r}.{nearest(address, known)}")
+        if known[address].joint:
+            raise StrategyError(
+                f"with_gradients at {where}: {address!r} has a density that is estimated or summed. Give the strategy to the "
+                "program that vi.marginal or vi.normalize is made of."
+            )
     parts = {address: apart(strategy) for address, strategy in strategies.items()}
     static = tuple((address, strategy) for address, (strategy, _) in parts.items())
     baselines = {address: baseline for address, (_, baseline) in parts.items() if baseline is not None}
