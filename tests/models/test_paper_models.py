@@ -329,7 +329,13 @@ def logits_and_decoder(gradient):
 
 
 @pytest.mark.usefixtures("x64", "quick_compiles")
-@pytest.mark.parametrize("strategies", [None, {f"presence_{t}": vi.Enum() for t in range(3)}], ids=["default", "Enum"])
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        pytest.param(None, id="default", marks=pytest.mark.slow),
+        pytest.param({f"presence_{t}": vi.Enum() for t in range(3)}, id="Enum"),
+    ],
+)
 def test_enumerated_presences_are_the_sum_over_all(strategies):
     networks, image = air_networks()
     guide = models.air_guide if strategies is None else vi.with_gradients(models.air_guide, strategies)

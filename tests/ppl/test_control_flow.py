@@ -21,7 +21,10 @@ from expectax import ppl
 
 KEY = jax.random.key(20261124)
 pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
-every_structure = pytest.mark.parametrize("name", STRUCTURES)
+# the structures that are three deep are slow
+every_structure = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n.count(" of ") > 1 else n for n in STRUCTURES]
+)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 
 # --- the reference ----------------------------------------------------------------------------------------------------

@@ -215,6 +215,7 @@ def test_draws_have_their_density(name):
     np.testing.assert_allclose(trace.log_density, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @each_case
 def test_derivatives_in_unconstrained_space(case, x64):
     whole = (*case.args, jnp.asarray(case.y))

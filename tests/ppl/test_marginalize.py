@@ -213,6 +213,7 @@ def left_over_by_hand(z, p=0.3):
     return np.log([1 - p, p][a]) + np.log(sum(terms))
 
 
+@pytest.mark.slow
 def test_densities_weights_and_what_is_lost():
     program = ex.marginalize_discrete(left_over(0.3), "k")
     for z in STATES:

@@ -188,6 +188,7 @@ def check_sums(body: Any, seed: int) -> int:
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_sums_of_random_programs():
     rng = random.Random(1)
@@ -288,6 +289,7 @@ def mixtures() -> st.SearchStrategy[Mixture]:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 @quiet(max_examples=20)
 @given(mixtures())
 def test_sums_of_random_mixtures(mixture):

@@ -41,6 +41,7 @@ def test_the_draws_are_those_of_each_site_alone():
         np.testing.assert_allclose(trace[f"x{i}"], alone[f"x{i}"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_density_is_the_sum(x64):
     program = many(60)
     trace = program.simulate(KEY)

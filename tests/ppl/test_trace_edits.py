@@ -120,7 +120,13 @@ def choices_of(state):
     return {"a": jnp.asarray(a), "sub": {"b": jnp.asarray(b)}, "c": jnp.asarray([c, d]), "y": jnp.asarray(0.8)}
 
 
-@pytest.mark.parametrize("selection", [["a"], ["sub"], ["sub/b", "c"], ["c"], ["a", "c"], ["a", "sub", "c"]])
+@pytest.mark.parametrize(
+    "selection",
+    [
+        ["sub/b", "c"],
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (["a"], ["sub"], ["c"], ["a", "c"], ["a", "sub", "c"])),
+    ],
+)
 def test_metropolis_hastings_with_regenerate_keeps_the_posterior(selection):
     program = chain()
     log_p = np.array([program.assess(choices_of(s))[0] for s in STATES])

@@ -26,6 +26,7 @@ def exact(p):
     return p * (p**2 - p) + (1.0 - p) * (1.0 + p)
 
 
+@pytest.mark.slow
 def test_enum_is_exact():
     objective = vi.objective(lambda p: branchy(p, vi.Enum()))
     value, gradient = jax.value_and_grad(objective.surrogate)(0.3, KEY)

@@ -77,7 +77,10 @@ def extended(how: str, amount: float) -> Any:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("how", "amount", "change"), [("score", -100.0, -100.0), ("observe", 3.0, None)])
+@pytest.mark.parametrize(
+    ("how", "amount", "change"),
+    [("score", -100.0, -100.0), pytest.param("observe", 3.0, None, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", sorted(bounds_of(extended("none", 0.0), guide)))
 def test_f2_observe_and_score_change_every_objective_by_their_exact_amount(name, how, amount, change):
     """The peer's ELBO did not see a score at all."""
