@@ -56,17 +56,24 @@ class Boxes(NamedTuple):
                 total = total * records[number].weight
         return total
 
-    def boxed(self, term: Any, value: Any, records: dict[int, Record], control: Any = None) -> Any:
-        """Return a weighted term times its box; `control` is a value near it, to subtract from it."""
+    def boxed(self, term: Any, value: Any, records: dict[int, Record], controls: dict[int, Any]) -> Any:
+        """Return a weighted term times its box; `controls` are values near it, each the baseline of one choice alone.
+
+        A control depends on all choices but its own, so that it would bias the scores of the others.
+        """
         depends = self.layout.depends[term]
         scored = {n: axes for n, axes in depends.items() if records[n].score is not None}
         weight = self.weight(term, records)
         if not scored:
             return value * weight
-        total = sum((along(records[n].score, axes, jnp.ndim(value)) for n, axes in scored.items()), 0.0)
-        box = jnp.exp(total - sg(total))
-        baseline = self._leave_one_out(value, weight, scored) if control is None else control
-        return weight * (value * box if baseline is None else value * box + sg(baseline) * (1.0 - box))
+        scores = {n: along(records[n].score, axes, jnp.ndim(value)) for n, axes in scored.items()}
+        total = value * _box(scores.values())
+        for n, control in controls.items():
+            total = total + sg(control) * (1.0 - _box([scores[n]]))
+        rest = {n: axes for n, axes in scored.items() if n not in controls}
+        if rest and (baseline := self._leave_one_out(value, weight, rest)) is not None:
+            total = total + sg(baseline) * (1.0 - _box(scores[n] for n in rest))
+        return weight * total
 
     def _leave_one_out(self, value: Any, weight: Any, scored: Any) -> Any:
         """Return the mean of a term over the other samples, or None.
@@ -117,3 +124,9 @@ class Boxes(NamedTuple):
             if axes is not None:
                 total = total + back(cost, axes, shape)
         return total
+
+
+def _box(scores: Any) -> Any:
+    """Return 1, with the sum of some scores for derivative."""
+    total = sum(scores, 0.0)
+    return jnp.exp(total - sg(total))

@@ -22,19 +22,20 @@ from ._run import Given, Record, Runner
 def relaxed_terms(
     runner: Runner, choice: Choice, base: Any, sources: Any, records: dict[int, Record], weight: Any
 ) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """Return what each dependent term gains, and the baseline of its score."""
+    """Return what each dependent term gains, and, without the weight of an open branch, the baseline of its score."""
     check(runner.layout, choice)
     relaxation, terms = records[choice.number].relaxation, dependent(runner.layout, choice)
     everywhere = jnp.ones(choice.element_shape, bool)
 
     def run(values: Any) -> list[Any]:
-        found, again = rerun(runner, choice, Given(values, everywhere), base, sources, records)
-        return [term * weight(v, again) for v, term in zip(terms, found, strict=True)]
+        return rerun(runner, choice, Given(values, everywhere), base, sources, records)[0]
+
+    weights = [weight(v, records) for v in terms]  # no enumerated choice depends on a relaxed one
 
     free, bound = run(relaxation.free), run(relaxation.bound)
     scale = jnp.max(relaxation.scale, initial=0.0)  # one number, which each lane has repeated
     first_only = once(choice)
-    gains = {v: first_only(scale * (z - c)) for v, z, c in zip(terms, free, bound, strict=True)}
+    gains = {v: first_only(scale * w * (z - c)) for v, w, z, c in zip(terms, weights, free, bound, strict=True)}
     return gains, {v: scale * c for v, c in zip(terms, bound, strict=True)}
 
 

@@ -115,7 +115,7 @@ class _Walk:
         layout, boxes = self.layout, Boxes(self.layout, runner.branches, self.samples)
         values = {v: env.read(v) for v in layout.terms.variables}
         gains: dict[Any, Any] = {}
-        controls: dict[Any, Any] = {}
+        controls: dict[Any, dict[int, Any]] = {}
         for number, record in list(records.items()):
             choice = layout.choices[number]
             if record.values is not None:
@@ -124,10 +124,11 @@ class _Walk:
             if record.relaxation is not None:
                 added, control = relaxed_terms(runner, choice, env, self.sources, records, boxes.weight)
                 gains |= {v: gains.get(v, 0.0) + gain for v, gain in added.items()}
-                controls |= {v: controls.get(v, 0.0) + c for v, c in control.items()}
+                for v, c in control.items():
+                    controls.setdefault(v, {})[number] = c
 
         def term(v: Any) -> Any:
-            return boxes.boxed(v, values[v], records, controls.get(v)) + gains.get(v, 0.0)
+            return boxes.boxed(v, values[v], records, controls.get(v, {})) + gains.get(v, 0.0)
 
         def constant(value: Any) -> Any:
             return value if boxes.runs == 1 else value / boxes.runs
