@@ -285,3 +285,29 @@ def test_too_many_runs_are_refused():
 
     with pytest.raises(StrategyError, match="6000 times"):
         vi.objective(cost).surrogate(P, KEY)
+
+
+# --- two strategies in one objective ----------------------------------------------------------------------------------
+
+LATER = {**STRATEGIES, "rebar": vi.Rebar()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("later", [name for name in LATER if name != "enum, locally"])
+@pytest.mark.parametrize("first", [name for name in STRATEGIES if name != "enum, locally"])
+def test_every_pair_of_strategies(first, later):
+    """Catches a baseline or control of one choice that enters the score of another, and weights of branches taken twice."""
+
+    def pair(p: Any) -> Any:
+        b = 1.0 * ex.sample("b", dist.Bernoulli(p), gradient=STRATEGIES[first])
+        return cost(b, 1.0 * ex.sample("c", dist.Bernoulli(second(p, b)), gradient=LATER[later]))
+
+    objective = vi.objective(pair)
+
+    @jax.jit
+    def sampler(keys: Any) -> Any:
+        run = jax.value_and_grad(objective.surrogate)
+        return jax.vmap(lambda key: jnp.stack(run(P, key, num_samples=2)))(keys)
+
+    exact = np.array([pair_truth(P), jax.grad(pair_truth)(P)])
+    two_stage_z(lambda key, n: sampler(jax.random.split(key, n)), exact, KEY, 4000)
