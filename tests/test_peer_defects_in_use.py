@@ -22,7 +22,7 @@ from helpers import count_compiles
 from peer_models import EFFECT, ERROR, PRIOR, Y, flip, outer, schools, walk
 
 KEY = jax.random.key(2026)
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
 normal = stats.norm.logpdf
 

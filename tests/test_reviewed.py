@@ -10,6 +10,8 @@ import pytest
 import expectax as ex
 from expectax import dist, inference, vi
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(7)
 
 

@@ -13,7 +13,7 @@ from expectax.ppl import AddressError, ShapeError
 
 KEY = jax.random.key(20261123)
 KEYS = jax.random.split(KEY, 3)
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
 
 def latents(trace):

@@ -11,7 +11,7 @@ from expectax import dist, vi
 from helpers import two_stage_z
 
 KEY = jax.random.key(20261125)
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
 
 def branchy(p, strategy):

@@ -14,6 +14,8 @@ import expectax as ex
 from expectax import dist, models, vi
 from expectax.ppl import AddressError
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(20261128)
 
 

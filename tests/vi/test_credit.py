@@ -22,6 +22,8 @@ from expectax.ppl._flow import Causal, flow, of
 from expectax.vi._flat import flatten
 from helpers import two_stage_z
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(20260801)
 MAX_SIZE = 81
 FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}

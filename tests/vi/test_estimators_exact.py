@@ -20,7 +20,7 @@ import expectax as ex
 from expectax import dist, vi
 from expectax.vi import _run
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 KEY = jax.random.key(20260801)
 
 STRATEGIES = {

@@ -17,6 +17,8 @@ import expectax as ex
 from expectax import dist, vi
 from helpers import two_stage_z
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(20260801)
 REPARAM, REINFORCE = vi.Reparam(), vi.Reinforce(baseline=None)
 

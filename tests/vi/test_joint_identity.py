@@ -9,6 +9,8 @@ import pytest
 import expectax as ex
 from expectax import dist, vi
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(61)
 
 

@@ -20,7 +20,7 @@ from expectax.ppl import AddressError, ControlFlowError, DistributionError
 from helpers import two_stage_z
 
 KEY = jax.random.key(51)
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
 
 @ex.model

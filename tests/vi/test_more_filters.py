@@ -19,6 +19,8 @@ from expectax import dist, vi
 from expectax.ppl import AddressError, ShapeError
 from helpers import count_compiles, hmm_log_evidence, kalman_log_evidence, two_stage_z
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(20260804)
 
 

@@ -20,7 +20,7 @@ from expectax import dist, vi
 from expectax.vi._particle_gradients import _without_each
 from expectax.vi._shared import log_mean_exp
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 KEY = jax.random.key(20260802)
 PRIOR, LEVELS, Y = np.array([0.2, 0.5, 0.3]), np.array([-1.0, 0.5, 2.0]), 1.1
 

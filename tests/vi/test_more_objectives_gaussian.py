@@ -19,6 +19,8 @@ from expectax import dist, vi
 from expectax.ppl import AddressError, ControlFlowError, ShapeError, StrategyError
 from helpers import count_compiles, two_stage_z
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(20260803)
 Y = 1.0
 

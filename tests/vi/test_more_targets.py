@@ -20,6 +20,8 @@ from expectax.ppl import NonFiniteError, SupportError
 from expectax.vi._stein import stein_direction
 from helpers import two_stage_z
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(20260804)
 
 

@@ -17,6 +17,8 @@ from expectax import dist, vi
 from expectax.ppl import AddressError, ControlFlowError, ExpectaxError, ShapeError, StrategyError, SupportError
 from helpers import two_stage_z
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(20260801)
 
 # --- a conjugate normal: z ~ N(0, 1), y ~ N(z, 1), y = 1.2; the posterior is N(0.6, 1/2) ------------------------------

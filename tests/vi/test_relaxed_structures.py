@@ -129,7 +129,9 @@ def test_rebar_refuses_loops():
         vi.objective(loop).surrogate(P, KEY)
 
 
-@pytest.mark.parametrize("other", [vi.Rebar(), vi.Reinforce(baseline=None), vi.Reinforce(), vi.MVD(), vi.Enum()], ids=str)
+@pytest.mark.parametrize(
+    "other", [vi.Rebar(), vi.Reinforce(baseline=None), vi.Reinforce(), vi.MVD(), vi.Enum()], ids=str
+)
 def test_a_control_is_the_baseline_of_its_own_choice_alone(other):
     """Two choices in one cost: the control of one depends on the other, and as its baseline too it biased the gradient."""
     objective = vi.objective(lambda p: (flip(p, vi.Rebar()) + flip(p / 2.0, other, "c")) ** 2)

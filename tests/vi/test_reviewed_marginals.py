@@ -16,7 +16,7 @@ from expectax import dist, inference, vi
 from expectax.ppl import AddressError, ControlFlowError, DistributionError, StrategyError, SupportError
 
 KEY = jax.random.key(71)
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 
 
 @ex.model

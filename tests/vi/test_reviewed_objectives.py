@@ -10,7 +10,7 @@ import expectax as ex
 from expectax import dist, vi
 
 KEY = jax.random.key(7)
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
 STRATEGIES = [None, vi.Enum(), vi.Rebar(), vi.MVD(), vi.DisARM(), vi.Reinforce()]
 
 
