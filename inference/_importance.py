@@ -71,10 +71,7 @@ def _importance(posterior: Posterior, proposal: Program | None, key: Any, num_pa
         if proposal is None:
             trace, log_weight = posterior.generate(key)
             return posterior.latents(trace.choices), log_weight
-        if not estimated:
-            trace = proposal.simulate(key)
-            return trace.choices, posterior.log_density(trace.choices) - trace.log_density
-        key_draw, key_score = jax.random.split(key)
+        key_draw, key_score = jax.random.split(key) if estimated else (key, None)
         trace = proposal.simulate(key_draw)
         return trace.choices, posterior.log_density(trace.choices, key=key_score) - trace.log_density
 

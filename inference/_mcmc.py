@@ -130,6 +130,8 @@ def mcmc(
         if not _jax.is_traced(start):
             _check_starts(posterior, kernel, start)
         state, parameters = _warm_up(posterior, kernel, key_warm, start, num_warmup)
+        if takes_key(kernel) and not _jax.is_traced(start):
+            _check_estimates(state.logdensity, num_warmup)
         if progress:
             jax.block_until_ready(state)
             advance(num_warmup)
@@ -203,7 +205,7 @@ def _starts(posterior: Posterior, kernel: Any, key: Any, num_chains: int, initia
 
 
 def _check_starts(posterior: Posterior, kernel: Any, start: Any) -> None:
-    """Refuse to go on from a start whose density is not finite; an estimate is judged when it is made."""
+    """Refuse to go on from a start whose density is not finite; of an estimate see `_check_estimates`."""
     if takes_key(kernel):
         return
     values = np.asarray(_densities(posterior, start))
@@ -219,6 +221,17 @@ def _check_starts(posterior: Posterior, kernel: Any, start: Any) -> None:
     )
 
 
+def _check_estimates(log_densities: Any, num_warmup: int) -> None:
+    """Refuse to draw from a chain that never met an estimate above 0: where it stands is no draw of the posterior."""
+    values = np.asarray(log_densities)
+    if not np.isfinite(values).all():
+        chain = int(np.argmin(np.isfinite(values)))
+        raise NonFiniteError(
+            f"mcmc: after {num_warmup} steps of warm-up chain {chain} has an estimated log density of {values[chain]}. Use "
+            "more particles in the estimate, a longer warm-up, or give initial={...} near the posterior."
+        )
+
+
 @compiled
 def _densities(posterior: Posterior, positions: Any) -> Any:
     return jax.vmap(_target(posterior)[0])(positions)
@@ -231,11 +244,8 @@ def _warm_up(posterior: Posterior, kernel: Any, key: Any, start: Any, num_warmup
     def one(key: Any, position: Any) -> Any:
         if num_warmup == 0:
             mass = jnp.eye(size) if kernel.dense_mass else jnp.ones(size)
-            own = (key,) if takes_key(kernel) else ()
-            return kernel.init(*own, position, log_density), {
-                "step_size": jnp.asarray(0.1),
-                "inverse_mass_matrix": mass,
-            }
+            here = (lambda position: log_density(position, key)) if takes_key(kernel) else log_density
+            return kernel.init(position, here), {"step_size": jnp.asarray(0.1), "inverse_mass_matrix": mass}
         return kernel.warm_up(key, position, log_density, num_warmup)
 
     return jax.vmap(one)(jax.random.split(key, start.shape[0]), start)

@@ -20,13 +20,6 @@ _DECAY = 0.6
 """Power of the Robbins-Monro step: $n^{-0.6}$."""
 
 
-class State(NamedTuple):
-    """A point and the estimate of its log density that it was accepted with."""
-
-    position: Any
-    logdensity: Any
-
-
 class Info(NamedTuple):
     """What a transition tells."""
 
@@ -38,7 +31,7 @@ class Info(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PseudoMarginal:
-    """A random-walk kernel for estimated densities. Example: see `pseudo_marginal`.
+    """A random-walk kernel (BlackJAX's) for estimated densities. Example: see `pseudo_marginal`.
 
     Its log density takes a key: `log_density(position, key)`.
     """
@@ -48,62 +41,69 @@ class PseudoMarginal:
     name: str = "pseudo_marginal"
     takes_key: bool = True
 
-    def init(self, key: Any, position: Any, log_density: LogDensity) -> State:
+    def init(self, position: Any, log_density: LogDensity) -> Any:
         """Return the state at a position, with a first estimate."""
-        return State(position, log_density(position, key))
+        import blackjax  # here, because importing it starts JAX's backend
 
-    def step(self, key: Any, state: State, log_density: LogDensity, parameters: dict[str, Any]) -> tuple[State, Info]:
-        """Propose, estimate, accept or stay."""
-        key_move, key_density, key_accept = jax.random.split(key, 3)
-        noise = jax.random.normal(key_move, state.position.shape, state.position.dtype)
-        root = _root(parameters["inverse_mass_matrix"])
-        move = root @ noise if self.dense_mass else root * noise
-        proposed = state.position + parameters["step_size"] * move
-        log_density_there = log_density(proposed, key_density)
-        # from an estimate of 0 anything possible is accepted, and nothing impossible or nan ever
-        log_ratio = jnp.where(log_density_there > -jnp.inf, log_density_there - state.logdensity, -jnp.inf)
-        rate = jnp.exp(jnp.minimum(jnp.where(jnp.isnan(state.logdensity), jnp.inf, log_ratio), 0.0))
-        rate = jnp.where(log_density_there > -jnp.inf, rate, 0.0)
-        accept = jax.random.uniform(key_accept) < rate
-        following = jax.tree.map(lambda a, b: jnp.where(accept, a, b), State(proposed, log_density_there), state)
-        return following, Info(rate, -following.logdensity)
+        return blackjax.additive_step_random_walk.init(position, _numbers(log_density))
 
-    def warm_up(self, key: Any, position: Any, log_density: LogDensity, num_steps: int) -> tuple[State, dict[str, Any]]:
-        """Adapt the scale to the target acceptance and the shape to the covariance of the second half."""
-        size = position.shape[0]
-        state = self.init(key, position, log_density)
-        shape = jnp.eye(size) if self.dense_mass else jnp.ones(size)
-        log_scale = jnp.log(2.38 / size**0.5) + jnp.zeros((), position.dtype)
+    def step(self, key: Any, state: Any, log_density: LogDensity, parameters: dict[str, Any]) -> tuple[Any, Info]:
+        """Propose, estimate, accept or stay: the state keeps the estimate that it was accepted with."""
+        import blackjax
 
-        def phase(carry: Any, key: Any, shape: Any, length: int) -> Any:
-            def step(carry: Any, inputs: Any) -> Any:
-                (state, log_scale, mean, second), (n, key) = carry, inputs
-                parameters = {"step_size": jnp.exp(log_scale), "inverse_mass_matrix": shape}
+        key_move, key_density = jax.random.split(key)
+        root, size = _root(parameters["inverse_mass_matrix"]), parameters["step_size"]
+
+        def move(key: Any, position: Any) -> Any:
+            noise = jax.random.normal(key, position.shape, position.dtype)
+            return size * (root @ noise if root.ndim == 2 else root * noise)
+
+        estimate = _numbers(lambda position: log_density(position, key_density))
+        state, info = blackjax.additive_step_random_walk.build_kernel()(key_move, state, estimate, move)
+        return state, Info(info.acceptance_rate, -state.logdensity)
+
+    def warm_up(self, key: Any, position: Any, log_density: LogDensity, num_steps: int) -> tuple[Any, dict[str, Any]]:
+        """Adapt the scale in three phases, the later two with the covariance that the one before has seen.
+
+        The scale goes by Robbins-Monro steps: a chain that is stuck at a lucky estimate accepts nothing for a while,
+        which dual averaging takes for a reason to stop moving.
+        """
+        from blackjax.adaptation.mass_matrix import mass_matrix_adaptation
+
+        shape_init, shape_update, shape_final = mass_matrix_adaptation(not self.dense_mass)
+        size, key_start = position.shape[0], jax.random.fold_in(key, 1)
+        # the best scale for a normal target whose covariance is known (Roberts and Rosenthal 2001)
+        start = jnp.asarray(jnp.log(2.38 / size**0.5), position.dtype)
+
+        def phase(state: Any, key: Any, matrix: Any, length: int) -> Any:
+            def step(carry: Any, inputs: Any) -> tuple[Any, None]:
+                (state, shape, log_scale), (n, key) = carry, inputs
+                parameters = {"step_size": jnp.exp(log_scale), "inverse_mass_matrix": matrix}
                 state, info = self.step(key, state, log_density, parameters)
                 log_scale = log_scale + (n + 1.0) ** -_DECAY * (info.acceptance_rate - self.target_acceptance)
-                change = state.position - mean
-                mean = mean + change / (n + 1.0)
-                rest = state.position - mean
-                second = second + (jnp.outer(change, rest) if self.dense_mass else change * rest)
-                return (state, log_scale, mean, second), None
+                return (state, shape_update(shape, state.position), log_scale), None
 
-            zeros = jnp.zeros_like(position)
-            start = (*carry, zeros, jnp.zeros_like(shape))
             inputs = (jnp.arange(length, dtype=position.dtype), jax.random.split(key, length))
-            return lax.scan(step, start, inputs)[0]
+            state, shape, log_scale = lax.scan(step, (state, shape_init(size), start), inputs)[0]
+            return state, shape_final(shape).inverse_mass_matrix, log_scale
 
-        keys, part = jax.random.split(jax.random.fold_in(key, 1), 3), max(num_steps // 3, 1)
-        *carry, _, second = phase((state, log_scale), keys[0], shape, part)
-        shape = self._regularised(second, part, size)
-        *carry, _, second = phase((carry[0], log_scale), keys[1], shape, part)
-        shape = self._regularised(second, part, size)
-        state, log_scale, _, _ = phase((carry[0], log_scale), keys[2], shape, max(num_steps - 2 * part, 1))
-        return state, {"step_size": jnp.exp(log_scale), "inverse_mass_matrix": shape}
+        part = max(num_steps // 3, 1)
+        keys = [jax.random.fold_in(key, n) for n in (2, 3, 4)]
+        state = self.init(position, lambda position: log_density(position, key_start))
+        state, matrix, _ = phase(state, keys[0], jnp.eye(size) if self.dense_mass else jnp.ones(size), part)
+        state, matrix, _ = phase(state, keys[1], matrix, part)
+        state, _, log_scale = phase(state, keys[2], matrix, max(num_steps - 2 * part, 1))
+        return state, {"step_size": jnp.exp(log_scale), "inverse_mass_matrix": matrix}
 
-    def _regularised(self, second: Any, n: int, size: int) -> Any:
-        """Shrink a sample covariance towards a small multiple of the identity, as Stan does."""
-        identity = jnp.eye(size) if self.dense_mass else jnp.ones(size)
-        return n / (n + 5.0) * second / max(n - 1, 1) + 1e-3 * 5.0 / (n + 5.0) * identity
+
+def _numbers(log_density: LogDensity) -> LogDensity:
+    """Return a log density whose nan is minus infinity: a point that is never accepted, and always left."""
+
+    def safe(position: Any) -> Any:
+        value = log_density(position)
+        return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+    return safe
 
 
 def _root(matrix: Any) -> Any:

@@ -209,14 +209,19 @@ def staging() -> Iterator[None]:
         _staging.reset(token)
 
 
+def enclosing(trace: Any = None) -> Iterator[Any]:
+    """Yield a trace (the present one, if None) and those around it, innermost first."""
+    trace = trace_ctx.trace if trace is None else trace
+    while trace is not None:
+        yield trace
+        trace = getattr(trace, "parent_trace", None)
+
+
 def dies_with_the_model(value: Any) -> bool:
     """Tell whether a value is being traced by the model that is being staged, or by a trace inside it."""
     if not is_traced(value) or _staging.get() is None:
         return False
-    trace = value._trace
-    while trace is not None and trace is not _staging.get():
-        trace = getattr(trace, "parent_trace", None)
-    return trace is not None
+    return any(trace is _staging.get() for trace in enclosing(value._trace))
 
 
 # --- primitives -------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
@@ -52,8 +54,39 @@ def as_data(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+_kept: contextvars.ContextVar[list[tuple[Program, Any, Staged]] | None] = contextvars.ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def staging_once() -> Iterator[None]:
+    """Stage each program once, as long as this lasts: what one piece of the library's own work asks of a program.
+
+    Programs with estimated densities ask several times, and stand in each other: the cost of depth would be a power.
+    """
+    token = None if _kept.get() is not None else _kept.set([])
+    try:
+        yield
+    finally:
+        if token is not None:
+            _kept.reset(token)
+
+
 def stage(program: Program) -> Staged:
-    """Trace the program into equations, afresh each time: Python state that it reads may have changed."""
+    """Trace the program into equations, afresh each time (but see `staging_once`): what it reads may have changed."""
+    kept = _kept.get()
+    if kept is None:
+        return _traced(program)
+    around = list(_jax.enclosing())
+    for known, trace, staged in kept:
+        # what was staged in a trace around the present one may be used here, but not the other way round
+        if known is program and any(trace is t for t in around):
+            return staged
+    staged = _traced(program)
+    kept.append((program, around[0], staged))
+    return staged
+
+
+def _traced(program: Program) -> Staged:
     if not hasattr(program, "_fixed"):
         raise TypeError(
             f"at {_jax.caller()}: expected a bound program, model(arguments), got {program!r}."

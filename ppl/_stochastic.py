@@ -231,7 +231,8 @@ def _in_space(density: Density, asked: dict[str, Any], visitor: Visitor, mask: A
         bijection = _bijection(path, entry)
         choices.append(bijection(value))
         jacobian = bijection.log_abs_det_jacobian(value, choices[-1])
-        total = total + _total(jacobian, mask)
+        counted = jacobian if mask is None else jnp.where(_along(mask, jacobian, entry), jacobian, 0.0)
+        total = total + jnp.sum(counted)
     return choices, total
 
 
@@ -267,7 +268,7 @@ def _possible(entry: Entry, value: Any, mask: Any) -> Any:
 
 
 def _along(mask: Any, value: Any, entry: Entry) -> Any:
-    """Return a mask of the outermost lanes along a choice, whose lanes stand behind its time axes."""
+    """Return a mask of the outermost lanes along the elements of a choice, whose lanes stand behind its time axes."""
     return expand(jnp.reshape(mask, (1,) * len(entry.times) + jnp.shape(mask)), value)
 
 
@@ -290,8 +291,7 @@ def _outcome(
     present = {}
     if mask is not None:
         for path, entry in density.entries:
-            flags = jnp.reshape(mask, (1,) * len(entry.times) + jnp.shape(mask))
-            present[path] = jnp.broadcast_to(expand(flags, jnp.zeros(entry.elements)), entry.elements)
+            present[path] = jnp.broadcast_to(_along(mask, jnp.zeros(entry.elements), entry), entry.elements)
     return NOTHING._replace(
         outputs=choices,
         choices=nested(zip(paths, records, strict=True)),

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from expectax.ppl import AddressError, ControlFlowError, Program, Selection, _jax
-from expectax.ppl._match import check_guide
+from expectax.ppl import AddressError, Program, Selection, _jax
+from expectax.ppl._match import check_drawn, check_guide
 from expectax.ppl._nested import leaves_of, nested
 from expectax.ppl._selection import chosen_by
 
@@ -163,22 +163,12 @@ def forward_kl(
 
 def _forward_kl(program: Any, guide: AmortisedGuide, observed: str | Selection, params: Any) -> Any:
     program = program if isinstance(program, Program) else program(still(params))
-    _check_simulated(program)
+    check_drawn(program.table(), "forward_kl")
     choices, _ = simulate(program)
     observations = _part(choices, chosen_by(observed, program.sites(), "forward_kl"))
     posterior = program.given(observations)
     check_guide(guide(params, observations), posterior, _jax.caller())
     return log_density(guide(params, observations), posterior.latents(choices))
-
-
-def _check_simulated(program: Program) -> None:
-    """Refuse a program with data or factors of its own: running it forwards does not draw from what it means."""
-    for path, entry in leaves_of(program.table()):
-        if entry.kind == "observed":
-            raise ControlFlowError(
-                f"forward_kl simulates the program, but site {path!r} at {entry.site.where} is observed (or a factor). "
-                "Make it a plain site, or name the data in `observed`."
-            )
 
 
 def _part(choices: Any, chosen: dict[str, Any]) -> Any:

@@ -29,8 +29,7 @@ class Exact(eqx.Module):
 
     def run(self, target: Posterior) -> Run:
         """Draw from the posterior: one of all joint values, by their weights."""
-        values = _joint_values(target)
-        log_gamma = jax.vmap(lambda z: score(target, z))(values)
+        values, log_gamma = _joint(target)
         z, log_density = chosen((values, log_gamma), log_gamma)
         return Run(z, log_density, jax.nn.logsumexp(log_gamma))
 
@@ -40,18 +39,15 @@ class Exact(eqx.Module):
         return self.evidence(target)
 
     def evidence(self, target: Posterior) -> Any:
-        """Sum all latents out, by variable elimination."""
+        """Sum all latents out: by variable elimination, or all joint values where it refuses and they are few."""
         hidden = [path for path, _ in leaves_of(target.latent_sites())]
         try:
             return score(marginalize_discrete(target.program, hidden), target.observations)
-        except ControlFlowError:  # what elimination cannot take apart may be few values all the same
+        except ControlFlowError as refused:
             try:
-                values = _joint_values(target)
+                return jax.nn.logsumexp(_joint(target)[1])
             except ControlFlowError:
-                values = None
-            if values is None:
-                raise
-            return jax.nn.logsumexp(jax.vmap(lambda z: score(target, z))(values))
+                raise refused from None
 
 
 def exact() -> Exact:
@@ -80,6 +76,12 @@ def exact() -> Exact:
         -1.2755
     """
     return Exact()
+
+
+def _joint(target: Posterior) -> tuple[Choices, Any]:
+    r"""Return all joint values of the latents, along a new first axis, and their $\log \gamma$."""
+    values = _joint_values(target)
+    return values, jax.vmap(lambda z: score(target, z))(values)
 
 
 def _joint_values(target: Posterior) -> Choices:

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from expectax.ppl import ControlFlowError, DistributionError, Posterior, ShapeError, _jax
 from expectax.ppl._cut import cut_at_scan
-from expectax.ppl._evaluate import evaluate, walk
+from expectax.ppl._evaluate import Unweighed, evaluate, walk
 from expectax.ppl._inline import inline_calls
 from expectax.ppl._masked import Masked
 from expectax.ppl._nested import Choices, leaves_of, merged, nested
@@ -122,8 +121,7 @@ class _Filter:
     def __init__(self, target: Posterior, num_particles: int):
         self.target, self.n = target, num_particles
         staged = stage(target.program)
-        self.sites = dict(leaves_of(staged.sites))
-        _check(self.sites, target)
+        _check(dict(leaves_of(staged.sites)), target)
         jaxpr = inline_calls(staged.jaxpr, staged.arguments)
         self.cut = cut_at_scan(jaxpr.jaxpr, "vi.bootstrap_filter")
         self.shared = _jax.Environment.of(jaxpr, staged.arguments)
@@ -181,16 +179,12 @@ class _Filter:
         free = lambda _, *own: run(rebinding, given, *own)  # noqa: E731
         if path is None:
             return jax.vmap(free)(jnp.arange(self.n), *cloud)
-        off = {p: Masked(x, np.zeros(self._elements(p), bool)) for p, x in leaves_of(path)}
-        first = run(weighing, merged(nested(off.items()), given), *jax.tree.map(lambda x: x[0], cloud))
+        along = nested((p, Unweighed(x)) for p, x in leaves_of(path))
+        first = run(weighing, merged(along, given), *jax.tree.map(lambda x: x[0], cloud))
         if self.n == 1:
             return jax.tree.map(lambda x: jnp.asarray(x)[None], first)
         others = jax.vmap(free)(jnp.arange(self.n - 1), *jax.tree.map(lambda x: x[1:], cloud))
         return jax.tree.map(lambda a, b: jnp.concatenate([jnp.asarray(a)[None], b]), first, others)
-
-    def _elements(self, path: str) -> tuple[int, ...]:
-        entry = self.sites[path]
-        return entry.elements[1:] if path.split("/")[0] in site_table(self.body) else entry.elements
 
     def _latent(self, choices: Choices) -> Choices:
         observed = dict(leaves_of(self.target.observations))

@@ -110,8 +110,8 @@ def _both(program: Program, reference: Program, key: Any, num_samples: int) -> A
         trace = reference.simulate(key_draw)
         return trace.choices, program.assess(trace.choices, key=key_score)[0] - trace.log_density
 
-    keys = jax.random.split(key, (2, num_samples))
-    return jax.vmap(draw)(keys[0]), jax.vmap(score)(keys[1])
+    keys = jax.random.split(key)
+    return tuple(_jax.over_lanes(side, num_samples)(k) for side, k in zip((draw, score), keys, strict=True))
 
 
 def _compared(drawn: Choices, v_drawn: Any, scored: Choices, v_scored: Any) -> dict[str, float]:

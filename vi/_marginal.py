@@ -16,7 +16,7 @@ from expectax.ppl._match import check_drawn
 from expectax.ppl._nested import Choices, leaves_of, nested
 from expectax.ppl._program import bound_program
 from expectax.ppl._selection import chosen_by
-from expectax.ppl._staging import stage
+from expectax.ppl._staging import stage, staging_once
 from expectax.ppl._stochastic import bind_stochastic
 from expectax.ppl._table import Entry, choices_of
 
@@ -97,7 +97,8 @@ def _marginal(program: Program, algorithm: Algorithm, kept: tuple[str, ...]) -> 
     def estimate(x: Choices) -> Any:
         return evidence(algorithm, Posterior(program, x))
 
-    return bind_stochastic(draw, estimate, _entries(stage(program).sites, kept, "vi.marginal"))
+    with staging_once():
+        return bind_stochastic(draw, estimate, _entries(stage(program).sites, kept, "vi.marginal"))
 
 
 def normalize(posterior: Posterior, algorithm: Algorithm) -> Program:
@@ -151,8 +152,9 @@ def _normalized(posterior: Posterior, algorithm: Algorithm) -> Choices:
         possible = jnp.where(log_gamma == -jnp.inf, 0.0, algorithm.conditional(posterior, z, log_gamma))
         return log_gamma - possible
 
-    sites = posterior.latent_sites()
-    return bind_stochastic(draw, estimate, _entries(sites, [path for path, _ in leaves_of(sites)], "vi.normalize"))
+    with staging_once():
+        sites = posterior.latent_sites()
+        return bind_stochastic(draw, estimate, _entries(sites, [path for path, _ in leaves_of(sites)], "vi.normalize"))
 
 
 def _entries(sites: Choices, paths: Any, what: str) -> dict[str, Entry]:

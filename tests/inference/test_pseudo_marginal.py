@@ -11,7 +11,6 @@ from scipy import stats
 
 import expectax as ex
 from expectax import dist, inference, vi
-from expectax.inference._pseudo_marginal import State
 from helpers import two_stage_uniform
 
 KEY = jax.random.key(81)
@@ -50,9 +49,9 @@ def test_a_step_leaves_the_posterior_alone():
         def step(state: Any, key: Any) -> Any:
             return kernel.step(key, state, log_density, parameters)[0], None
 
-        start = State(trace.choices["theta"][None], trace.log_density)
+        start = kernel.init(trace.choices["theta"][None], lambda _: trace.log_density)
         state, _ = lax.scan(step, start, jax.random.split(key_run, 10))
-        return stats_of(state.position[0], trace.choices["theta"])
+        return state.position[0], trace.choices["theta"]
 
     run = jax.jit(jax.vmap(after))
 
@@ -62,10 +61,6 @@ def test_a_step_leaves_the_posterior_alone():
         return stats.norm.cdf(position)
 
     two_stage_uniform(uniforms, KEY, 20_000)
-
-
-def stats_of(position: Any, old: Any) -> tuple[Any, Any]:
-    return position, old
 
 
 def test_the_posterior_of_a_hidden_layer():
@@ -101,3 +96,19 @@ def test_the_scale_is_that_of_the_target(dense):
     matrix = np.asarray(chains.inverse_mass_matrix)
     ratio = matrix[:, 0] / matrix[:, 1] if not dense else matrix[:, 0, 0] / matrix[:, 1, 1]
     assert np.all(ratio > 1e3) and np.all(ratio < 1e5)
+
+
+def test_a_chain_that_never_met_a_possible_point_is_no_sample():
+    @ex.model
+    def needle(theta):
+        u = ex.sample("u", dist.Normal(theta, 1.0))
+        ex.sample("y", dist.Uniform(u, u + 1e-12))
+
+    @ex.model
+    def impossible():
+        theta = ex.sample("theta", dist.Normal(0.0, 1.0))
+        ex.sample("data", vi.marginal(needle(theta), "y", vi.sir(1)))
+
+    posterior = impossible().given({"data": {"y": 0.3}})
+    with pytest.raises(ex.ppl.NonFiniteError, match="more particles"):
+        inference.mcmc(posterior, inference.pseudo_marginal(), key=KEY, num_warmup=10, num_samples=10)

@@ -437,20 +437,3 @@ def test_a_chain_is_as_quiet_as_with_costs_placed_by_hand(steps):
     """The two sds estimate one number: within 12 % at 4000 draws each; a box over all costs has half as much again."""
     ours, by_hand = (np.std(chain_gradients(steps, how)(jax.random.split(KEY, 4000))) for how in ("ours", "by hand"))
     assert ours < 1.12 * by_hand
-
-
-def test_lanes_that_are_reduced_inside_are_still_lanes():
-    """A reduction under a vmap names its axes by numpy's numbers, which once made lanes of all 64 images one."""
-
-    @vi.objective
-    def images(p):
-        def image(y):
-            z = ex.sample("z", dist.Bernoulli(p))
-            return jnp.log(1.0 + jnp.sum(z * y, axis=0))
-
-        return jnp.sum(jax.vmap(image)(jnp.ones((64, 5))))
-
-    row = vi.estimators(images, 0.3)["z"]
-    assert (row["strategy"], row["runs"]) == ("Enum() by lanes", 2)
-    value, gradient = vi.value_and_grad(images)(0.3, jax.random.key(0))
-    np.testing.assert_allclose([value, gradient], [64 * 0.3 * np.log(6.0), 64 * np.log(6.0)], rtol=1e-5)

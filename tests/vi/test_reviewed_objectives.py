@@ -94,3 +94,20 @@ def test_parameters_may_hold_functions():
 
     assert vi.estimators(objective, network)["x"]["strategy"] == "Reparam()"
     assert np.isfinite(vi.diagnose(objective, network, KEY, num_estimates=20).total.noise)
+
+
+def test_lanes_that_are_reduced_inside_are_still_lanes():
+    """A reduction under a vmap names its axes by numpy's numbers, which once made lanes of all 64 images one."""
+
+    @vi.objective
+    def images(p):
+        def image(y):
+            z = ex.sample("z", dist.Bernoulli(p))
+            return jnp.log(1.0 + jnp.sum(z * y, axis=0))
+
+        return jnp.sum(jax.vmap(image)(jnp.ones((64, 5))))
+
+    row = vi.estimators(images, 0.3)["z"]
+    assert (row["strategy"], row["runs"]) == ("Enum() by lanes", 2)
+    value, gradient = vi.value_and_grad(images)(0.3, jax.random.key(0))
+    np.testing.assert_allclose([value, gradient], [64 * 0.3 * np.log(6.0), 64 * np.log(6.0)], rtol=1e-5)
