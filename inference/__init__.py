@@ -1,10 +1,19 @@
 """Inference on a posterior: importance sampling, particle filters, MCMC."""
 
+from expectax.ppl._keyless import keyed as keyed
+from expectax.ppl._keyless import random_key as random_key
+
+from ._chains import Chains as Chains
+from ._exact import Measure as Measure
+from ._exact import exact as exact
+from ._hamiltonian import hmc as hmc
+from ._hamiltonian import nuts as nuts
 from ._importance import importance as importance
-from ._kernels import Kernel as Kernel
-from ._kernels import hmc as hmc
-from ._kernels import nuts as nuts
-from ._mcmc import Chains as Chains
+from ._kernel import Adaptation as Adaptation
+from ._kernel import Info as Info
+from ._kernel import Kernel as Kernel
+from ._kernel import Stage as Stage
+from ._kernel import State as State
 from ._mcmc import mcmc as mcmc
 from ._particle_filter import Filtered as Filtered
 from ._particle_filter import particle_filter as particle_filter
@@ -15,6 +24,8 @@ from ._resample import resample as resample
 from ._summary import Row as Row
 from ._summary import Summary as Summary
 from ._summary import summarize as summarize
+from ._target import Flat as Flat
+from ._target import Target as Target
 from ._weights import effective_sample_size as effective_sample_size
 from ._weights import log_mean_exp as log_mean_exp
 from ._weights import normalized_weights as normalized_weights

@@ -7,103 +7,109 @@ estimate it is particle marginal Metropolis-Hastings (Andrieu, Doucet and Holens
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._kernels import LogDensity
+from expectax.ppl._keyless import random_key
+from expectax.ppl._nested import Choices
+
+from ._kernel import Adaptation, Info, Stage, State
+from ._target import Target
+from ._windows import floats
 
 _DECAY = 0.6
 """Power of the Robbins-Monro step: $n^{-0.6}$."""
 
 
-class Info(NamedTuple):
-    """What a transition tells."""
+class PseudoMarginal(eqx.Module):
+    """A random-walk kernel (BlackJAX's) for estimated densities. Example: see `pseudo_marginal`."""
 
-    acceptance_rate: Any
-    energy: Any
-    is_divergent: Any = False
-    num_integration_steps: Any = 1
+    target_acceptance: float = eqx.field(static=True)
+    dense_mass: bool = eqx.field(static=True)
+    name: str = eqx.field(static=True, default="pseudo_marginal")
 
+    def init(self, target: Target, latents: Choices) -> State:
+        """Return the unconstrained position with a first estimate."""
+        flat = target.flat()
+        position = flat.unconstrain(latents)
+        return State(position, _number(flat.log_density(position, random_key("density"))))
 
-@dataclasses.dataclass(frozen=True)
-class PseudoMarginal:
-    """A random-walk kernel (BlackJAX's) for estimated densities. Example: see `pseudo_marginal`.
-
-    Its log density takes a key: `log_density(position, key)`.
-    """
-
-    target_acceptance: float
-    dense_mass: bool
-    name: str = "pseudo_marginal"
-    takes_key: bool = True
-
-    def init(self, position: Any, log_density: LogDensity) -> Any:
-        """Return the state at a position, with a first estimate."""
+    def step(self, target: Target, state: State, parameters: dict[str, Any]) -> tuple[State, Info]:
+        """Propose, estimate, accept or stay: the state keeps the estimate that it was accepted with."""
         import blackjax  # here, because importing it starts JAX's backend
 
-        return blackjax.additive_step_random_walk.init(position, _numbers(log_density))
-
-    def step(self, key: Any, state: Any, log_density: LogDensity, parameters: dict[str, Any]) -> tuple[Any, Info]:
-        """Propose, estimate, accept or stay: the state keeps the estimate that it was accepted with."""
-        import blackjax
-
-        key_move, key_density = jax.random.split(key)
+        key_density = random_key("density")
         root, size = _root(parameters["inverse_mass_matrix"]), parameters["step_size"]
 
         def move(key: Any, position: Any) -> Any:
             noise = jax.random.normal(key, position.shape, position.dtype)
             return size * (root @ noise if root.ndim == 2 else root * noise)
 
-        estimate = _numbers(lambda position: log_density(position, key_density))
-        state, info = blackjax.additive_step_random_walk.build_kernel()(key_move, state, estimate, move)
-        return state, Info(info.acceptance_rate, -state.logdensity)
+        def estimate(position: Any) -> Any:
+            return _number(target.flat().log_density(position, key_density))
 
-    def warm_up(self, key: Any, position: Any, log_density: LogDensity, num_steps: int) -> tuple[Any, dict[str, Any]]:
-        """Adapt the scale in three phases, the later two with the covariance that the one before has seen.
+        walk = blackjax.additive_step_random_walk
+        here = walk.init(state.position, lambda _: state.log_density)
+        moved, info = walk.build_kernel()(random_key("move"), here, estimate, move)
+        return State(moved.position, moved.logdensity), Info(info.acceptance_rate, energy=-moved.logdensity)
 
-        The scale goes by Robbins-Monro steps: a chain that is stuck at a lucky estimate accepts nothing for a while,
-        which dual averaging takes for a reason to stop moving.
-        """
-        from blackjax.adaptation.mass_matrix import mass_matrix_adaptation
+    def latents(self, target: Target, position: Any) -> Choices:
+        """Return the latents of an unconstrained position."""
+        return target.flat().constrain(position)
 
-        shape_init, shape_update, shape_final = mass_matrix_adaptation(not self.dense_mass)
-        size, key_start = position.shape[0], jax.random.fold_in(key, 1)
-        # the best scale for a normal target whose covariance is known (Roberts and Rosenthal 2001)
-        start = jnp.asarray(jnp.log(2.38 / size**0.5), position.dtype)
-
-        def phase(state: Any, key: Any, matrix: Any, length: int) -> Any:
-            def step(carry: Any, inputs: Any) -> tuple[Any, None]:
-                (state, shape, log_scale), (n, key) = carry, inputs
-                parameters = {"step_size": jnp.exp(log_scale), "inverse_mass_matrix": matrix}
-                state, info = self.step(key, state, log_density, parameters)
-                log_scale = log_scale + (n + 1.0) ** -_DECAY * (info.acceptance_rate - self.target_acceptance)
-                return (state, shape_update(shape, state.position), log_scale), None
-
-            inputs = (jnp.arange(length, dtype=position.dtype), jax.random.split(key, length))
-            state, shape, log_scale = lax.scan(step, (state, shape_init(size), start), inputs)[0]
-            return state, shape_final(shape).inverse_mass_matrix, log_scale
-
-        part = max(num_steps // 3, 1)
-        keys = [jax.random.fold_in(key, n) for n in (2, 3, 4)]
-        state = self.init(position, lambda position: log_density(position, key_start))
-        state, matrix, _ = phase(state, keys[0], jnp.eye(size) if self.dense_mass else jnp.ones(size), part)
-        state, matrix, _ = phase(state, keys[1], matrix, part)
-        state, _, log_scale = phase(state, keys[2], matrix, max(num_steps - 2 * part, 1))
-        return state, {"step_size": jnp.exp(log_scale), "inverse_mass_matrix": matrix}
+    def adaptation(self, target: Target, state: State) -> Adaptation:
+        """Adapt the scale by Robbins-Monro steps, and at the end of each window the shape of the proposals."""
+        del target
+        return scale_adaptation(state.position, self.target_acceptance, self.dense_mass)
 
 
-def _numbers(log_density: LogDensity) -> LogDensity:
+class _Tuning(NamedTuple):
+    """The proposals' log scale, its step number, the covariance that is being learned, and the one in use."""
+
+    log_scale: Any
+    number: Any
+    shape: Any
+    inverse_mass_matrix: Any
+
+
+def scale_adaptation(position: Any, target_acceptance: float, dense_mass: bool) -> Adaptation:
+    """Return the adaptation of a random walk on a vector.
+
+    The scale goes by Robbins-Monro steps: a chain that is stuck at a lucky estimate accepts nothing for a while, which
+    dual averaging takes for a reason to stop moving.
+    """
+    from blackjax.adaptation.mass_matrix import mass_matrix_adaptation
+
+    shape_init, shape_update, shape_final = mass_matrix_adaptation(not dense_mass)
+    size, dtype = position.shape[0], position.dtype
+    unit = jnp.eye(size, dtype=dtype) if dense_mass else jnp.ones(size, dtype)
+
+    def update(own: _Tuning, stage: Stage, state: State, info: Info) -> _Tuning:
+        step = own.number**-_DECAY * (info.acceptance_rate - target_acceptance)
+        shape = lax.cond(stage.slow, lambda: shape_update(own.shape, state.position), lambda: own.shape)
+        own = _Tuning(own.log_scale + step.astype(dtype), own.number + 1.0, shape, own.inverse_mass_matrix)
+        return lax.cond(stage.window_end, renewed, lambda own: own, own)
+
+    def renewed(own: _Tuning) -> _Tuning:
+        shape = shape_final(own.shape)
+        return _Tuning(own.log_scale, jnp.ones_like(own.number), shape, shape.inverse_mass_matrix)
+
+    def parameters(own: _Tuning) -> dict[str, Any]:
+        return {"step_size": jnp.exp(own.log_scale), "inverse_mass_matrix": own.inverse_mass_matrix}
+
+    # the best scale for a normal target whose covariance is known (Roberts and Rosenthal 2001)
+    best = jnp.asarray(2.38 / size**0.5, dtype)
+    start = _Tuning(jnp.log(best), jnp.ones((), dtype), floats(shape_init(size), dtype), unit)
+    return Adaptation(start, update, parameters, parameters, {"step_size": best, "inverse_mass_matrix": unit})
+
+
+def _number(value: Any) -> Any:
     """Return a log density whose nan is minus infinity: a point that is never accepted, and always left."""
-
-    def safe(position: Any) -> Any:
-        value = log_density(position)
-        return jnp.where(jnp.isnan(value), -jnp.inf, value)
-
-    return safe
+    return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
 
 def _root(matrix: Any) -> Any:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from expectax.ppl import ControlFlowError, Posterior, marginalize_discrete
-from expectax.ppl._evaluate import Visit, Visitor
-from expectax.ppl._finite import single_support
-from expectax.ppl._nested import Choices, leaves_of, merged, nested
-from expectax.ppl._staging import stage
+from expectax.ppl._nested import Choices, leaves_of
 
 from ._algorithm import Run
 from ._importance import chosen
@@ -80,50 +74,5 @@ def exact() -> Exact:
 
 def _joint(target: Posterior) -> tuple[Choices, Any]:
     r"""Return all joint values of the latents, along a new first axis, and their $\log \gamma$."""
-    values = _joint_values(target)
+    values = joint_values(target, "vi.exact")
     return values, jax.vmap(lambda z: score(target, z))(values)
-
-
-def _joint_values(target: Posterior) -> Choices:
-    """Return all joint values of the latents, along a new first axis."""
-    latents = dict(leaves_of(target.latent_sites()))
-    supports, count = _supports(target, latents), 1
-    for path, entry in latents.items():
-        if entry.conditional or supports[path].shape[0] == 0:
-            raise ControlFlowError(
-                f"vi.exact: {path!r} at {entry.site.where} "
-                + ("stands in a branch or has a mask" if entry.conditional else "has no finite, known support")
-                + ", so that its values cannot be enumerated. Use vi.sir, or keep it."
-            )
-        count *= supports[path].shape[0] ** math.prod(entry.elements)
-        if count > _MOST_TOGETHER:
-            raise ControlFlowError(
-                f"vi.exact: drawing from the posterior enumerates all joint values, and those up to {path!r} at "
-                f"{entry.site.where} are more than {_MOST_TOGETHER}. Use vi.sir, or a model's own guide."
-            )
-    sizes = [supports[path].shape[0] for path, entry in latents.items() for _ in range(math.prod(entry.elements))]
-    table = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1).reshape(-1, len(sizes))
-    found, column = [], 0
-    for path, entry in latents.items():
-        number = math.prod(entry.elements)
-        own = supports[path][table[:, column : column + number]]
-        found.append((path, jnp.reshape(own, (len(table), *entry.shape)).astype(entry.dtype)))
-        column += number
-    return nested(found)
-
-
-def _supports(target: Posterior, latents: dict[str, Any]) -> dict[str, Any]:
-    """Return the values that one element of each latent can take, with no row where they are not known."""
-    zeros = nested((path, jnp.zeros(entry.shape, entry.dtype)) for path, entry in latents.items())
-    given = merged(zeros, target.observations)
-    records = dict(leaves_of(stage(target.program).run(_listing, given=given).choices))
-    return {path: records[path][(0,) * len(entry.times)] for path, entry in latents.items()}
-
-
-def _list(site: Any, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
-    del source, mask
-    values = None if site.fixed else single_support(site, leaves)
-    return Visit(given, jnp.zeros(0) if values is None else jnp.asarray(values), 0.0, 0.0)
-
-
-_listing = Visitor(_list, kind="list")

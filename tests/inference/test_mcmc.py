@@ -192,13 +192,12 @@ def test_no_warmup_starts_at_initial():
 @pytest.mark.parametrize("kernel", [inference.nuts(), inference.hmc()], ids=["nuts", "hmc"])
 def test_a_kernel_uses_each_key_once(kernel):
     """JAX's checker refuses any scan over keys under vmap, so it sees the kernels and not `mcmc` itself."""
-
-    def log_density(x):
-        return -0.5 * jnp.sum(x**2)
-
+    target = inference.Target(CORRELATED)
     with jax.debug_key_reuse(True):
-        state, parameters = kernel.warm_up(jax.random.key(1), jnp.zeros(2), log_density, 25)
-        kernel.step(jax.random.key(2), state, log_density, parameters)
+        latents = {"mu": jnp.zeros(2), "bound": jnp.ones(()), "below": jnp.asarray(0.5)}
+        state = inference.keyed(kernel.init)(jax.random.key(1), target, latents)
+        parameters = kernel.adaptation(target, state).unadapted
+        inference.keyed(kernel.step)(jax.random.key(2), target, state, parameters)
 
 
 # --- warnings and refusals --------------------------------------------------------------------------------------------

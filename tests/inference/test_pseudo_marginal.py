@@ -43,13 +43,12 @@ def test_a_step_leaves_the_posterior_alone():
         trace = model().simulate(key_draw)
         posterior = model().given({"data": trace.choices["data"]})
 
-        def log_density(position: Any, key: Any) -> Any:
-            return posterior.unconstrained_log_density({"theta": position[0]}, key)
+        target = inference.Target(posterior)
 
         def step(state: Any, key: Any) -> Any:
-            return kernel.step(key, state, log_density, parameters)[0], None
+            return inference.keyed(kernel.step)(key, target, state, parameters)[0], None
 
-        start = kernel.init(trace.choices["theta"][None], lambda _: trace.log_density)
+        start = inference.State(trace.choices["theta"][None], trace.log_density)
         state, _ = lax.scan(step, start, jax.random.split(key_run, 10))
         return state.position[0], trace.choices["theta"]
 
