@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 
 from expectax.ppl import ControlFlowError, Posterior, marginalize_discrete
+from expectax.ppl._joint_values import joint_values
 from expectax.ppl._nested import Choices, leaves_of
 
 from ._algorithm import Run
