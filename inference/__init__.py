@@ -3,7 +3,13 @@
 from expectax.ppl._keyless import keyed as keyed
 from expectax.ppl._keyless import random_key as random_key
 
+from ._ancestors import Ancestors as Ancestors
+from ._ancestors import ancestors as ancestors
 from ._chains import Chains as Chains
+from ._compositions import pmmh as pmmh
+from ._compositions import rmsmc as rmsmc
+from ._compositions import smc as smc
+from ._compositions import smc2 as smc2
 from ._exact import Measure as Measure
 from ._exact import exact as exact
 from ._hamiltonian import hmc as hmc
@@ -18,14 +24,21 @@ from ._mcmc import mcmc as mcmc
 from ._particle_filter import Filtered as Filtered
 from ._particle_filter import particle_filter as particle_filter
 from ._particles import Particles as Particles
+from ._population import Population as Population
+from ._population import advance as advance
+from ._population import extend as extend
+from ._population import rejuvenate as rejuvenate
+from ._population import resample as resample
+from ._population import reweight as reweight
+from ._population import spawn as spawn
 from ._pseudo_marginal import PseudoMarginal as PseudoMarginal
 from ._pseudo_marginal import pseudo_marginal as pseudo_marginal
-from ._resample import resample as resample
 from ._summary import Row as Row
 from ._summary import Summary as Summary
 from ._summary import summarize as summarize
 from ._target import Flat as Flat
 from ._target import Target as Target
+from ._valid import assert_valid as assert_valid
 from ._weights import effective_sample_size as effective_sample_size
 from ._weights import log_mean_exp as log_mean_exp
 from ._weights import normalized_weights as normalized_weights

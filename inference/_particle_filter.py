@@ -25,8 +25,8 @@ from expectax.ppl._staging import check_key, stage
 from expectax.ppl._table import site_table
 from expectax.ppl._visitors import generating
 
+from ._ancestors import Method, ancestors
 from ._particles import Particles
-from ._resample import Method, resample
 from ._weights import effective_sample_size, log_mean_exp, normalized_weights
 
 
@@ -86,7 +86,7 @@ def particle_filter(
         num_particles: how many particles.
         ess_threshold: resample before a step when the effective sample size is below this fraction of the particles;
             1 resamples always, 0 never.
-        method: the resampling method; see `resample`.
+        method: the resampling method; see `ancestors`.
 
     Returns:
         A `Filtered`; `filtered.log_evidence` estimates $\log p(y_{1:T})$.
@@ -239,7 +239,7 @@ def _maybe_resample(key: Any, state: _State, needed: Any, method: Method) -> tup
     n = state.log_weights.shape[0]
 
     def chosen(state: _State) -> tuple[_State, Any]:
-        index = resample(key, state.log_weights, method=method)
+        index = ancestors(key, state.log_weights, method=method)
         carry, own = jax.tree.map(lambda v: v[index], (state.carry, state.own))
         offset = state.log_offset + log_mean_exp(state.log_weights)
         return _State(carry, own, jnp.zeros_like(state.log_weights), offset), index

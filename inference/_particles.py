@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._resample import Method, resample
+from ._ancestors import Method, ancestors
 from ._weights import effective_sample_size, log_mean_exp, normalized_weights
 
 
@@ -72,6 +72,6 @@ class Particles(eqx.Module):
 
     def resample(self, key: PRNGKeyArray, num: int | None = None, method: Method = "systematic") -> Particles:
         """Return equally weighted particles drawn in proportion to the weights; the evidence is kept."""
-        index = resample(key, self.log_weights, num, method)
+        index = ancestors(key, self.log_weights, num, method)
         choices = jax.tree.map(lambda v: v[index], self.choices)
         return Particles(choices, jnp.zeros(index.shape[0], self.log_weights.dtype), self.log_evidence)

@@ -117,11 +117,15 @@ def _record(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visi
 
 def _rebind(site: Site, leaves: Any, source: Any, given: Any, mask: Any) -> Visit:
     """Leave the choice to the enclosing program, and score it."""
-    if given is not None:
+    if given is not None and not isinstance(given, Masked):
         return _assess(site, leaves, source, given, mask)
     bound, operands = (site, leaves) if mask is None else with_mask(site, leaves, jnp.asarray(mask))
     value = rebind(bound, operands)
-    return Visit(value, value, site.log_density(value, leaves), 0.0)
+    if given is None:
+        return Visit(value, value, site.log_density(value, leaves), 0.0)
+    own = expand(given.mask, given.value)
+    log_density, safe = scored(site, leaves, jnp.where(own, given.value, value))
+    return Visit(safe, safe, log_density, jnp.where(expand(given.mask, log_density), log_density, 0.0))
 
 
 def bijection_of(site: Site, leaves: Any) -> Any:

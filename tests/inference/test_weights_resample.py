@@ -74,7 +74,7 @@ def counts_at(monkeypatch, uniforms, weights, num, method):
 
     def one(u):
         now.append(u)
-        return jnp.bincount(inference.resample(KEY, jnp.log(weights), num, method), length=len(weights))
+        return jnp.bincount(inference.ancestors(KEY, jnp.log(weights), num, method), length=len(weights))
 
     return np.asarray(jax.vmap(one)(jnp.asarray(uniforms)))
 
@@ -154,7 +154,7 @@ def test_the_law_of_each_index(x64, method):
     weights, num = np.array([0.0, 0.1, 0.35, 0.0, 0.3, 0.25, 0.0]), 4
     laws = index_laws(weights, num, method)
     np.testing.assert_allclose(laws.sum(0), num * weights, atol=1e-12)
-    draw = jax.jit(jax.vmap(lambda key: inference.resample(key, jnp.log(weights), num, method)))
+    draw = jax.jit(jax.vmap(lambda key: inference.ancestors(key, jnp.log(weights), num, method)))
 
     def p_value(key, n):
         indices = np.asarray(draw(jax.random.split(key, n)))
@@ -178,7 +178,7 @@ def test_the_variance_of_the_counts(x64, method):
     variance = num * weights * (1 - weights) if method == "multinomial" else (laws * (1 - laws)).sum(0)
 
     def sampler(key, n):
-        draw = jax.jit(jax.vmap(lambda key: inference.resample(key, jnp.log(weights), num, method)))
+        draw = jax.jit(jax.vmap(lambda key: inference.ancestors(key, jnp.log(weights), num, method)))
         counts = (draw(jax.random.split(key, n))[..., None] == jnp.arange(3)).sum(1)
         return (counts - num * weights) ** 2
 
@@ -189,7 +189,7 @@ def test_the_variance_of_the_counts(x64, method):
 def test_a_million_float32_weights(method):
     n = 1_000_000
     w = jax.random.normal(KEY, (n,)) * 2
-    indices = np.asarray(inference.resample(jax.random.fold_in(KEY, 1), w, method=method))
+    indices = np.asarray(inference.ancestors(jax.random.fold_in(KEY, 1), w, method=method))
     assert indices.shape == (n,) and indices.min() >= 0 and indices.max() < n
     weights = special.softmax(np.asarray(w, np.float64))
     counts = np.bincount(indices, minlength=n)
@@ -204,7 +204,7 @@ def test_a_million_float32_weights(method):
 def test_no_weightless_particle_among_a_million(method):
     n = 1_000_000
     w = jnp.where(jax.random.bernoulli(KEY, 0.5, (n,)), jax.random.normal(KEY, (n,)), -jnp.inf)
-    indices = np.asarray(inference.resample(jax.random.fold_in(KEY, 1), w, method=method))
+    indices = np.asarray(inference.ancestors(jax.random.fold_in(KEY, 1), w, method=method))
     assert (np.diff(indices) >= 0).all()
     assert np.isfinite(np.asarray(w)[indices]).all()
 
@@ -212,6 +212,6 @@ def test_no_weightless_particle_among_a_million(method):
 def test_errors():
     w = jnp.zeros(3)
     with pytest.raises(ValueError, match="'systematic', 'stratified' or 'multinomial', got 'residual'"):
-        inference.resample(KEY, w, method="residual")  # pyright: ignore[reportArgumentType]
+        inference.ancestors(KEY, w, method="residual")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="typed key"):
-        inference.resample(jax.random.PRNGKey(0), w)
+        inference.ancestors(jax.random.PRNGKey(0), w)
