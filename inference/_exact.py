@@ -54,7 +54,8 @@ class Measure(eqx.Module):
             possible = expand(self.probabilities > 0, v)
             return jnp.tensordot(self.probabilities, jnp.where(possible, v, 0), axes=1)
 
-        return jax.tree.map(mean, jax.vmap(function)(self.values))
+        arrays, rest = eqx.partition(self.values, eqx.is_array)
+        return jax.tree.map(mean, jax.vmap(lambda own: function(eqx.combine(own, rest)))(arrays))
 
 
 def exact(function: Callable[..., Any], *args: Any) -> Measure:
