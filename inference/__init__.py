@@ -10,6 +10,8 @@ from ._compositions import pmmh as pmmh
 from ._compositions import rmsmc as rmsmc
 from ._compositions import smc as smc
 from ._compositions import smc2 as smc2
+from ._diagnose import Diagnosis as Diagnosis
+from ._diagnose import diagnose as diagnose
 from ._exact import Measure as Measure
 from ._exact import exact as exact
 from ._hamiltonian import hmc as hmc
@@ -33,6 +35,13 @@ from ._population import reweight as reweight
 from ._population import spawn as spawn
 from ._pseudo_marginal import PseudoMarginal as PseudoMarginal
 from ._pseudo_marginal import pseudo_marginal as pseudo_marginal
+from ._reducers import Covariance as Covariance
+from ._reducers import Mean as Mean
+from ._reducers import Reducer as Reducer
+from ._reducers import running_covariance as running_covariance
+from ._reducers import running_mean as running_mean
+from ._sbc import Calibration as Calibration
+from ._sbc import sbc as sbc
 from ._summary import Row as Row
 from ._summary import Summary as Summary
 from ._summary import summarize as summarize

@@ -1,26 +1,27 @@
-"""Markov chains that leave a posterior alone, all chains vectorised in one program."""
+r"""Markov chains that leave a posterior alone, all chains vectorised in one program."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from expectax.ppl import Posterior, _jax
-from expectax.ppl._compile import compiled
-from expectax.ppl._keyless import keyed
-from expectax.ppl._progress import progress_bar
+from expectax.ppl._progress import chunks, progress_bar
 from expectax.ppl._staging import check_key
 
-from ._chains import Chains
-from ._kernel import Info, Kernel, State, check_kernel_value
+from ._chains import Chains, Last
+from ._devices import devices_of
+from ._kernel import Kernel, check_kernel_value
+from ._reducers import Reducer
+from ._run import Way, reductions, sample, warm_up
 from ._starts import check_estimates, check_starts, starts
 from ._target import Target
-from ._windows import schedule
 
 
 def mcmc(
@@ -33,6 +34,9 @@ def mcmc(
     num_chains: int = 4,
     thinning: int = 1,
     initial: dict[str, Any] | None = None,
+    reducers: Mapping[str, tuple[Any, Any]] | None = None,
+    keep_draws: bool = True,
+    devices: Sequence[Any] | Mesh | None = None,
     progress: bool = False,
 ) -> Chains:
     r"""Sample a posterior by Markov chains, all chains vectorised in one program.
@@ -42,12 +46,17 @@ def mcmc(
         kernel: a `Kernel`, such as `nuts()`; `pseudo_marginal()` for a density that is only estimated.
         key: a typed key.
         num_warmup: adaptation steps, whose draws are dropped.
-        num_samples: draws kept of each chain.
+        num_samples: draws kept of each chain; `chains.resume` adds more.
         num_chains: number of chains.
         thinning: kernel steps per kept draw. The steps between are never stored; their divergences and integration
             steps are counted, their acceptance rates averaged.
         initial: nested dict of latents to start every chain at; by default uniform in (-2, 2) on the unconstrained
             scale, tried again where the density is not finite.
+        reducers: name -> `Reducer`, such as `running_mean()`, or any pair `(init, update)`, fed with each kept draw as
+            it comes; what they end with is `chains.reduced`.
+        keep_draws: whether the draws are stored. Without them only the reducers see them; the statistics, five numbers
+            a transition, are stored either way.
+        devices: devices, or a `jax.sharding.Mesh` of them, to deal the chains to; their number divides `num_chains`.
         progress: show a progress bar; it does not change the draws.
 
     Returns:
@@ -56,6 +65,7 @@ def mcmc(
     Raises:
         SupportError: a latent is discrete.
         NonFiniteError: no chain start has a finite density; the first site to blame is named.
+        ValueError: a setting is out of range.
 
     A second call with a new key or new data of the same shapes compiles nothing. Divergent transitions warn.
 
@@ -78,120 +88,80 @@ def mcmc(
             f"need num_samples, num_chains and thinning >= 1 and num_warmup >= 0, got {num_samples}, {num_chains}, "
             f"{thinning}, {num_warmup}."
         )
+    folds = {name: Reducer(*reducer) for name, reducer in (reducers or {}).items()}
+    way = Way(thinning, keep_draws, devices_of(devices, num_chains))
     key_start, key_warm, key_run = jax.random.split(key, 3)
-    length, count = _even_chunks(num_samples)
     with progress_bar(num_warmup + num_samples, kernel.name, progress) as advance:
         start = starts(posterior, key_start, num_chains, initial)
         traced = _jax.is_traced(jax.tree.leaves(start)[0])
         if not traced:
             check_starts(posterior, start)
-        state, parameters = _warm_up(posterior, kernel, key_warm, start, num_warmup)
+        state, parameters = warm_up(posterior, kernel, key_warm, start, num_warmup, way.devices)
         if not traced and Target(posterior).estimated:
             check_estimates(state.log_density, num_warmup)
         if progress:
             jax.block_until_ready(state)
             advance(num_warmup)
-        keys = jax.vmap(lambda k: jax.random.split(k, num_samples))(jax.random.split(key_run, num_chains))
-        pieces = []
-        for chunk in range(count):
-            part = keys[:, chunk * length : (chunk + 1) * length]
-            state, piece = _sample(posterior, kernel, part, state, parameters, thinning)
-            pieces.append(piece)
-            if progress:
-                jax.block_until_ready(state)
-                advance(length, f"divergences {sum(int(p[1]['divergent'].sum()) for p in pieces)}")
-    choices, statistics = jax.tree.map(lambda *vs: jnp.concatenate(vs, axis=1), *pieces)
-    chains = Chains(choices, statistics, parameters)
+        begun = Chains(
+            {},
+            {},
+            parameters,
+            reductions(posterior, kernel, folds, state),
+            Last.of((posterior, kernel, folds), way, jax.random.split(key_run, num_chains), state),
+        )
+        chains = _continued(begun, num_samples, advance if progress else None)
     _warn_divergent(chains)
     return chains
 
 
-def _even_chunks(total: int, most: int = 20) -> tuple[int, int]:
-    """Return `(length, count)` of equal chunks, at most `most`; chunks of one length are compiled once."""
-    count = next(n for n in range(min(most, total), 0, -1) if total % n == 0)
-    return total // count, count
+def resumed(chains: Chains, num_samples: int, key: Any, progress: bool) -> Chains:
+    """Go on with a run; see `Chains.resume`."""
+    if chains.last is None or chains.statistics["divergent"].ndim != 2:
+        raise ValueError("resume needs the chains of one run of mcmc, with axes (num_chains, num_samples).")
+    if num_samples < 1:
+        raise ValueError(f"resume: num_samples must be at least 1, got {num_samples}.")
+    if key is not None:
+        check_key(key)
+        keys = jax.random.split(key, len(chains.last.keys))
+        last = Last.of(chains.last.run, chains.last.way, keys, chains.last.state)
+        chains = Chains(chains.choices, chains.statistics, chains.parameters, chains.reduced, last)
+    with progress_bar(num_samples, chains.last.run[1].name, progress) as advance:  # pyright: ignore[reportOptionalMemberAccess]
+        chains = _continued(chains, num_samples, advance if progress else None)
+    _warn_divergent(chains, 5)  # past the method, and what equinox wraps it in
+    return chains
 
 
-@compiled
-def _warm_up(posterior: Posterior, kernel: Kernel, key: Any, start: Any, num_warmup: int) -> tuple[State, Any]:
-    target = Target(posterior)
-
-    def one(key: Any, latents: Any) -> Any:
-        key_init, key_run = jax.random.split(key)
-        state = keyed(lambda latents: kernel.init(target, latents))(key_init, latents)
-        adaptation = kernel.adaptation(target, state)
-        if num_warmup == 0:
-            return state, adaptation.unadapted
-
-        def step(carry: Any, inputs: Any) -> Any:
-            (state, own), (key, stage) = carry, inputs
-            state, info = transition(kernel, target)(key, state, adaptation.parameters(own))
-            return (state, adaptation.update(own, stage, state, info)), None
-
-        inputs = (jax.random.split(key_run, num_warmup), schedule(num_warmup))
-        (state, own), _ = lax.scan(step, (state, adaptation.start), inputs)
-        return state, adaptation.final(own)
-
-    return jax.vmap(one)(jax.random.split(key, jax.tree.leaves(start)[0].shape[0]), start)
-
-
-def transition(kernel: Kernel, target: Target) -> Any:
-    """Return `step(key, state, parameters) -> (state, info)`, the kernel's step with a key."""
-
-    def step(state: State, parameters: Any) -> tuple[State, Info]:
-        after, info = kernel.step(target, state, parameters)
-        return jax.tree.map(lambda new, old: jnp.asarray(new, jnp.result_type(old)), after, state), info
-
-    return keyed(step)
+def _continued(chains: Chains, num_samples: int, advance: Any) -> Chains:
+    """Return chains with further draws, made in chunks so that progress can be told; the draws know of no chunks."""
+    last = chains.last
+    assert last is not None
+    (posterior, kernel, folds), keys = last.run, last.chain_keys
+    state, reduced, pieces = last.state, chains.reduced, []
+    earlier = chains.statistics["divergent"].shape[1] if chains.statistics else 0
+    length, count = (num_samples, 1) if _jax.is_traced(last.keys) else chunks(num_samples)
+    for done in range(0, length * count, length):
+        number = min(length, num_samples - done)
+        numbers = jnp.asarray(earlier + done, jnp.uint32), jnp.asarray(number, jnp.int32)
+        fixed = posterior, kernel, folds, last.way, length
+        state, reduced, *piece = sample(*fixed, *numbers, keys, state, chains.parameters, reduced)
+        pieces.append(piece if number == length else jax.tree.map(lambda x, n=number: x[:, :n], piece))
+        if advance is not None:
+            jax.block_until_ready(state)
+            advance(number, f"divergences {sum(int(p[1]['divergent'].sum()) for p in pieces)}")
+    before = [[chains.choices, chains.statistics]] if chains.statistics else []
+    choices, statistics = jax.tree.map(lambda *vs: jnp.concatenate(vs, axis=1), *before, *pieces)
+    return Chains(
+        choices, statistics, chains.parameters, reduced, Last.of((posterior, kernel, folds), last.way, keys, state)
+    )
 
 
-@compiled
-def _sample(posterior: Posterior, kernel: Kernel, keys: Any, state: State, parameters: Any, thinning: int) -> Any:
-    target = Target(posterior)
-
-    def chain(keys: Any, state: State, parameters: Any) -> Any:
-        def step(state: State, key: Any) -> Any:
-            state, info = transition(kernel, target)(key, state, parameters)
-            return state, statistics_of(state, info)
-
-        def kept(state: State, key: Any) -> Any:
-            state, statistics = step(state, key) if thinning == 1 else thinned(state, key)
-            return state, (state.position, statistics)
-
-        def thinned(state: State, key: Any) -> Any:
-            state, statistics = lax.scan(step, state, jax.random.split(key, thinning))
-            return state, {name: _over_steps(name, x) for name, x in statistics.items()}
-
-        state, (positions, statistics) = lax.scan(kept, state, keys)
-        return state, (jax.vmap(lambda x: kernel.latents(target, x))(positions), statistics)
-
-    return jax.vmap(chain)(keys, state, parameters)
-
-
-def statistics_of(state: State, info: Info) -> dict[str, Any]:
-    """Return the numbers that are kept of each transition."""
-    return {
-        "divergent": jnp.asarray(info.is_divergent),
-        "acceptance_rate": jnp.asarray(info.acceptance_rate),
-        "num_integration_steps": jnp.asarray(info.num_steps),
-        "energy": jnp.asarray(info.energy, jnp.result_type(state.log_density)),
-        "log_density": state.log_density,
-    }
-
-
-def _over_steps(name: str, values: Any) -> Any:
-    """Return one statistic of a kept draw from those of its steps."""
-    over = {"divergent": jnp.any, "acceptance_rate": jnp.mean, "num_integration_steps": jnp.sum}
-    return over[name](values) if name in over else values[-1]
-
-
-def _warn_divergent(chains: Chains) -> None:
+def _warn_divergent(chains: Chains, stacklevel: int = 3) -> None:
     divergent = chains.statistics["divergent"]
     if _jax.is_traced(divergent) or not int(divergent.sum()):
         return
     warnings.warn(
         f"mcmc: {int(divergent.sum())} of {divergent.size} transitions diverged, so parts of the posterior may be "
-        "missed. Raise target_acceptance (0.95), or write the model non-centred.",
+        "missed. Raise target_acceptance (0.95), or write the model non-centred; chains.diagnose() tells where.",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=stacklevel,
     )
