@@ -9,6 +9,7 @@ from ._check_kernel import check_kernel as check_kernel
 from ._combinators import cycle as cycle
 from ._combinators import mixture as mixture
 from ._combinators import repeat as repeat
+from ._elliptical import elliptical_slice as elliptical_slice
 from ._exact import Measure as Measure
 from ._exact import exact as exact
 from ._gibbs import gibbs as gibbs
@@ -33,7 +34,11 @@ from ._particles import Particles as Particles
 from ._pseudo_marginal import PseudoMarginal as PseudoMarginal
 from ._pseudo_marginal import pseudo_marginal as pseudo_marginal
 from ._random_walk import random_walk as random_walk
+from ._replica import replica_exchange as replica_exchange
 from ._resample import resample as resample
+from ._slice import slice as slice
+from ._stochastic_gradient import sghmc as sghmc
+from ._stochastic_gradient import sgld as sgld
 from ._summary import Row as Row
 from ._summary import Summary as Summary
 from ._summary import summarize as summarize
