@@ -141,6 +141,14 @@ class Kernel(Protocol):
         ...
 
 
+def stationary_state(kernel: Kernel, target: Target, latents: Choices) -> State:
+    """Return a state in a kernel's stationary law, whose latents are given as a draw of the target.
+
+    Of most kernels that is `init`; one that keeps more than the latents has a method `stationary` of its own.
+    """
+    return getattr(kernel, "stationary", kernel.init)(target, latents)
+
+
 def check_kernel_value(kernel: Any, what: str) -> Kernel:
     """Refuse what is no kernel."""
     if isinstance(kernel, type) or not isinstance(kernel, Kernel):

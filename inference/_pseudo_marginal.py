@@ -36,21 +36,21 @@ class PseudoMarginal(eqx.Module):
         """Return the unconstrained position with a first estimate."""
         flat = target.flat()
         position = flat.unconstrain(latents)
-        return State(position, _number(flat.log_density(position, random_key("density"))))
+        return State(position, number(flat.log_density(position, random_key("density"))))
 
     def step(self, target: Target, state: State, parameters: dict[str, Any]) -> tuple[State, Info]:
         """Propose, estimate, accept or stay: the state keeps the estimate that it was accepted with."""
         import blackjax  # here, because importing it starts JAX's backend
 
         key_density = random_key("density")
-        root, size = _root(parameters["inverse_mass_matrix"]), parameters["step_size"]
+        spread, size = root(parameters["inverse_mass_matrix"]), parameters["step_size"]
 
         def move(key: Any, position: Any) -> Any:
             noise = jax.random.normal(key, position.shape, position.dtype)
-            return size * (root @ noise if root.ndim == 2 else root * noise)
+            return size * (spread @ noise if spread.ndim == 2 else spread * noise)
 
         def estimate(position: Any) -> Any:
-            return _number(target.flat().log_density(position, key_density))
+            return number(target.flat().log_density(position, key_density))
 
         walk = blackjax.additive_step_random_walk
         here = walk.init(state.position, lambda _: state.log_density)
@@ -107,12 +107,13 @@ def scale_adaptation(position: Any, target_acceptance: float, dense_mass: bool) 
     return Adaptation(start, update, parameters, parameters, {"step_size": best, "inverse_mass_matrix": unit})
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """Return a log density whose nan is minus infinity: a point that is never accepted, and always left."""
     return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
 
-def _root(matrix: Any) -> Any:
+def root(matrix: Any) -> Any:
+    """Return the square root of a covariance, full or diagonal."""
     return jnp.linalg.cholesky(matrix) if matrix.ndim == 2 else jnp.sqrt(matrix)
 
 

@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 from expectax.ppl import Posterior
 from expectax.ppl._nested import Choices, leaves_of, merged
 
+from ._absent import absent_log_density, conditional_paths
+
 
 class Target(eqx.Module):
     r"""An unnormalised density over the latents of a posterior: $\log \gamma(z) + c(z)$.
@@ -45,9 +47,11 @@ class Target(eqx.Module):
     correction: Callable[[Choices], Any] | None = None
 
     def log_density(self, latents: Choices) -> Float[Array, ""]:
-        """Return the log density of latents, of which every one is given."""
-        own = self.posterior.log_density_inside(latents)
-        return own if self.correction is None else own + self.correction(latents)
+        """Return the log density of latents, of which every one is given; those that are not made have a pseudo-prior."""
+        total = self.posterior.log_density_inside(latents)
+        if paths := conditional_paths(self.posterior):
+            total = total + absent_log_density(self.posterior, latents, paths)
+        return total if self.correction is None else total + self.correction(latents)
 
     def unconstrained_log_density(self, unconstrained: Choices, key: Any = None) -> Float[Array, ""]:
         """Return the log density on the unconstrained scale, with the log Jacobian; a key is for estimated densities."""
@@ -64,9 +68,14 @@ class Target(eqx.Module):
 
     def given(self, fixed: Choices) -> Target:
         """Return the density of the other latents, with some held at their values."""
-        correction = self.correction
-        conditional = None if correction is None else lambda z: correction(merged(z, fixed))
-        return Target(self.posterior.given(fixed), conditional)
+        held = frozenset(path for path, _ in leaves_of(fixed)) & conditional_paths(self.posterior)
+
+        def correction(latents: Choices) -> Any:
+            whole = merged(latents, fixed)
+            own = absent_log_density(self.posterior, whole, held) if held else 0.0
+            return own if self.correction is None else own + self.correction(whole)
+
+        return Target(self.posterior.holding(fixed), correction if held or self.correction is not None else None)
 
     def flat(self) -> Flat:
         """Return the density on the unconstrained scale, as a function of one vector."""

@@ -149,6 +149,20 @@ class Posterior:
         assert given.missing is not None
         return pick(value, given.missing, jnp.shape(given.value), elements)
 
+    def holding(self, values: Choices) -> Posterior:
+        """Return the posterior of the other latents, with some held at values that are known to fit."""
+        sites, given = dict(leaves_of(self.program.sites())), dict(leaves_of(self.observations))
+        for path, value in leaves_of(values):
+            own = given.get(path)
+            given[path] = value if own is None else fill(own, value, sites[path].shape, len(sites[path].elements))
+        return Posterior(self.program, nested(given.items()))
+
+    def present(self, latents: Choices) -> dict[str, Any]:
+        """Return by path, for the choices in branches or with a mask, which of their elements are made."""
+        staged = stage(self.program)
+        given = self._complete(staged, latents, "present")
+        return dict(leaves_of(staged.run(assessing_inside, None, given).present))
+
     @property
     def latent_shapes(self) -> Choices:
         """Nested dict of `jax.ShapeDtypeStruct`, one per latent."""
