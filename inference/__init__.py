@@ -55,7 +55,6 @@ from ._reducers import Reducer as Reducer
 from ._reducers import running_covariance as running_covariance
 from ._reducers import running_mean as running_mean
 from ._replica import replica_exchange as replica_exchange
-from ._resample import resample as resample
 from ._sbc import Calibration as Calibration
 from ._sbc import sbc as sbc
 from ._slice import slice as slice

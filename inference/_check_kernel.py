@@ -24,7 +24,7 @@ from expectax.ppl._selection import chosen_by
 from expectax.ppl._staging import check_key
 
 from ._kernel import Kernel, check_kernel_value, stationary_state
-from ._mcmc import transition
+from ._run import transition
 from ._target import Target
 
 Statistics = Callable[[Choices, Choices], Any]
