@@ -7,6 +7,8 @@ products in another order, and a network on a batch of a thousand is faster by s
 from __future__ import annotations
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -22,3 +24,14 @@ def mlp(network: eqx.nn.MLP, x: Float[Array, " inputs"]) -> Float[Array, " outpu
     for layer in hidden:
         x = network.activation(affine(layer, x))
     return network.final_activation(affine(last, x))
+
+
+def lstm(cell: eqx.nn.LSTMCell, x: Float[Array, " inputs"], state: tuple[Array, Array]) -> tuple[Array, Array]:
+    r"""Return the next hidden state and memory of an LSTM: $c' = f c + i g$, $h' = o \tanh c'$."""
+    hidden, memory = state
+    assert cell.bias is not None
+    pre = x @ cell.weight_ih.T + hidden @ cell.weight_hh.T + cell.bias
+    _, _, g, _ = jnp.split(jnp.tanh(pre), 4)
+    i, f, _, o = jnp.split(jax.nn.sigmoid(pre), 4)  # all four by one call: cheaper than three calls to compile
+    memory = f * memory + i * g
+    return o * jnp.tanh(memory), memory
