@@ -21,6 +21,7 @@ from numpyro import distributions as dist
 
 from expectax.ppl import Posterior, Program, model, sample
 
+from ._networks import affine, lstm, mlp
 from ._spatial import crop, paste
 
 PRESENCE = (0.05, 0.05**2.3, 0.05**5)
@@ -117,7 +118,7 @@ def air(networks: AIRNetworks) -> Float[Array, "canvas canvas"]:
 
 def _drawn(networks: AIRNetworks, looks: Array, place: Array) -> Array:
     """Return a canvas with one object."""
-    window = networks.decoder(looks).reshape(networks.sizes.window, networks.sizes.window)
+    window = mlp(networks.decoder, looks).reshape(networks.sizes.window, networks.sizes.window)
     return paste(window, place, networks.sizes.canvas)
 
 
@@ -142,13 +143,13 @@ def air_guide(networks: AIRNetworks, image: Float[Array, "canvas canvas"]) -> No
     state = (jnp.zeros(sizes.recurrent), jnp.zeros(sizes.recurrent))
     place, looks = jnp.zeros(3), jnp.zeros(sizes.looks)
     for t in range(len(PRESENCE)):
-        state = networks.lstm(jnp.concatenate([image.ravel(), place, looks]), state)
-        presence, shift, spread = jnp.split(networks.readout(state[0]), [1, 4])
+        state = lstm(networks.lstm, jnp.concatenate([image.ravel(), place, looks]), state)
+        presence, shift, spread = jnp.split(affine(networks.readout, state[0]), [1, 4])
         sample(f"presence_{t}", dist.Bernoulli(logits=presence[0]))
         place_sd = jnp.array(PLACE_SD) * (jax.nn.softplus(spread) + 1e-4)
         place = sample(f"place_{t}", dist.Normal(jnp.array(PLACE_MEAN) + shift, place_sd))
         window = crop(image, place, sizes.window)
-        mean, spread = jnp.split(networks.encoder(window.ravel()), 2)
+        mean, spread = jnp.split(mlp(networks.encoder, window.ravel()), 2)
         looks = sample(f"looks_{t}", dist.Normal(mean, jax.nn.softplus(spread) + 1e-4))
 
 

@@ -9,8 +9,7 @@ Source: M. Jaderberg et al., Spatial transformer networks, NeurIPS 2015, section
 
 from __future__ import annotations
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -33,10 +32,7 @@ def paste(
         >>> paste(jnp.ones((3, 3)), jnp.array([2.0, 0.0, 0.0]), 5).tolist()[2]  # the middle half of a row
         [0.0, 1.0, 1.0, 1.0, 0.0]
     """
-    scale, across, down = place
-    grid = jnp.linspace(-1.0, 1.0, canvas)
-    rows = _weights(scale * grid + down, window.shape[0])
-    columns = _weights(scale * grid + across, window.shape[1])
+    columns, rows = _weights(place[0] * jnp.linspace(-1.0, 1.0, canvas) + place[1:, None], window.shape[0])
     return rows @ window @ columns.T
 
 
@@ -59,14 +55,11 @@ def crop(
         >>> crop(paste(jnp.ones((3, 3)), place, 9), place, 3).tolist()[1]
         [1.0, 1.0, 1.0]
     """
-    scale, across, down = place
-    grid = jnp.linspace(-1.0, 1.0, window)
-    rows = _weights((grid - down) / scale, canvas.shape[0])
-    columns = _weights((grid - across) / scale, canvas.shape[1])
+    columns, rows = _weights((jnp.linspace(-1.0, 1.0, window) - place[1:, None]) / place[0], canvas.shape[0])
     return rows @ canvas @ columns.T
 
 
-def _weights(coordinates: Any, size: int) -> Any:
-    """Return how much of each of `size` pixels is seen at each coordinate, shape `(coordinates, size)`."""
+def _weights(coordinates: Float[Array, "2 coordinates"], size: int) -> Float[Array, "2 coordinates size"]:
+    """Return how much of each of `size` pixels is seen at each coordinate, across and down."""
     positions = (coordinates + 1.0) / 2.0 * (size - 1)
-    return jnp.maximum(0.0, 1.0 - jnp.abs(positions[:, None] - jnp.arange(size)))
+    return jax.nn.relu(1.0 - jnp.abs(positions[..., None] - jnp.arange(size)))

@@ -18,6 +18,7 @@ from expectax.ppl import model, sample
 from expectax.vi import Objective
 
 from ._amortised import amortised
+from ._networks import mlp
 
 
 class VAE(eqx.Module):
@@ -64,7 +65,7 @@ def vae(decoder: eqx.nn.MLP) -> Float[Array, " pixels"]:
         (64,)
     """
     z = sample("z", dist.Normal(jnp.zeros(decoder.in_size), 1.0))
-    logits = decoder(z)
+    logits = mlp(decoder, z)
     sample("pixels", dist.Bernoulli(logits=logits))
     return logits
 
@@ -86,7 +87,7 @@ def vae_guide(encoder: eqx.nn.MLP, image: Int[Array, " pixels"]) -> None:
         >>> vae_guide(networks.encoder, jnp.zeros(64, int)).simulate(jax.random.key(1)).choices["z"].shape
         (10,)
     """
-    mean, spread = jnp.split(encoder(jnp.asarray(image, float)), 2)
+    mean, spread = jnp.split(mlp(encoder, jnp.asarray(image, float)), 2)
     sample("z", dist.Normal(mean, jax.nn.softplus(spread)))
 
 

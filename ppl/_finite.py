@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro import distributions as dist
+from numpyro.distributions import constraints
 
 from . import _jax
 from ._sample import Site
@@ -18,6 +19,8 @@ def single_support(site: Site, leaves: Any) -> np.ndarray | None:
     d = innermost(site.distribution([_known(leaf, j, site) for j, leaf in enumerate(leaves)]))
     if not d.has_enumerate_support:
         return None
+    if d.support is constraints.boolean:  # known without asking JAX, which would compile the list
+        return np.arange(2, dtype=jnp.result_type(int))
     try:
         with jax.ensure_compile_time_eval():
             values = np.asarray(d.enumerate_support(expand=False))

@@ -7,17 +7,21 @@ one call serves them all. Keys of another generator fall back to `fold_in` and o
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import _jax
 
-_MANY_ROWS = 16
-"""From so many sites on, the numbers of one kind and size are made in a loop."""
+_MANY = {"normal": 4, "uniform": 16}
+"""From so many sites on, the numbers of a kind are made in a loop: see `_opaque`."""
 
 
 class Request(NamedTuple):
@@ -71,7 +75,7 @@ def _groups(requests: list[Request]) -> dict[tuple[str, int], list[int]]:
     groups: dict[tuple[str, int], list[int]] = {}
     for number, request in enumerate(requests):
         groups.setdefault((request.kind, request.size), []).append(number)
-    return groups
+    return dict(sorted(groups.items(), key=lambda group: group[0][0]))  # those of a kind side by side
 
 
 class Around(NamedTuple):
@@ -106,13 +110,25 @@ def _draw(key: jax.Array, plan: Any, lanes: tuple[int, ...], dtype: Any) -> list
     high = jnp.concatenate([_stream(codes, half) for half, (_, _, codes) in zip(halves, plan, strict=True)])
     low = jnp.concatenate([_counter(len(codes), half) for half, (_, _, codes) in zip(halves, plan, strict=True)])
     first, second = _jax.threefry(key, high, low)
+    # a number is made of a word of each; or the first half of a site's numbers of `first`, the second of `second`
+    bits = [first[None], second[None]] if words == 2 else [jnp.stack([first, second])]
     arrays, start = [], 0
-    for half, (kind, size, codes) in zip(halves, plan, strict=True):
-        cut = slice(start, start + len(codes) * half)
-        start = cut.stop
-        both = jnp.concatenate([first[cut].reshape(len(codes), half), second[cut].reshape(len(codes), half)], axis=1)
-        bits = both[:, : size * words * math.prod(lanes)]
-        arrays.append(_converted(kind, bits, words, dtype).reshape(len(codes), *lanes, size))
+    for kind, groups in itertools.groupby(zip(halves, plan, strict=True), key=lambda group: group[1][0]):
+        sizes = [(len(codes), half, size * math.prod(lanes)) for half, (_, size, codes) in groups]
+        end = start + sum(rows * half for rows, half, _ in sizes)
+        numbers = _converted(kind, [word[:, start:end] for word in bits], sum(rows for rows, _, _ in sizes))
+        arrays += _cut(numbers.astype(dtype), sizes)
+        start = end
+    return [array.reshape(len(codes), *lanes, size) for array, (_, size, codes) in zip(arrays, plan, strict=True)]
+
+
+def _cut(numbers: jax.Array, sizes: list[tuple[int, int, int]]) -> list[jax.Array]:
+    """Cut out an array of so many rows for each group, of so many words each, and keep as many numbers as are wanted."""
+    ends = np.cumsum([rows * half for rows, half, _ in sizes])
+    arrays = []
+    for (rows, half, wanted), end in zip(sizes, ends, strict=True):
+        own = numbers[:, end - rows * half : end].reshape(-1, rows, half)
+        arrays.append(jnp.concatenate(list(own), axis=1)[:, :wanted])
     return arrays
 
 
@@ -124,31 +140,31 @@ def _counter(count: int, half: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.uint32, (count, half), 1).reshape(-1)
 
 
-def _converted(kind: str, bits: jax.Array, words: int, dtype: Any) -> jax.Array:
-    """Turn words into numbers, those of many sites in a loop of two steps.
+def _converted(kind: str, bits: list[jax.Array], sites: int) -> jax.Array:
+    """Turn words into numbers, one or two words each."""
+    convert = functools.partial(_convert, kind)
+    return _opaque(convert, bits) if sites >= _MANY[kind] else convert(*bits)
+
+
+def _opaque(convert: Callable[..., jax.Array], bits: list[jax.Array]) -> jax.Array:
+    """Convert in a loop of two steps.
 
     XLA compiles what it can see through once more for each site that reads it, but it does not look into loops.
     """
-    rows = len(bits)
-    if rows < _MANY_ROWS:
-        return _convert(kind, bits, words, dtype)
-    halves = jnp.pad(bits, ((0, rows % 2), (0, 0))).reshape(2, -1, bits.shape[1])
-    numbers = lax.map(lambda half: _convert(kind, half, words, dtype), halves)
-    return numbers.reshape(-1, numbers.shape[-1])[:rows]
+    shape, count = bits[0].shape, bits[0].size
+    halves = [jnp.pad(word.reshape(-1), (0, count % 2)).reshape(2, -1) for word in bits]
+    return lax.map(lambda words: convert(*words), halves).reshape(-1)[:count].reshape(shape)
 
 
-def _convert(kind: str, bits: jax.Array, words: int, dtype: Any) -> jax.Array:
+def _convert(kind: str, *bits: jax.Array) -> jax.Array:
     """Turn words into numbers: `(k + 1/2) 2^-m`, never 0 or 1; normals by the inverse of the distribution function."""
-    if words == 2:
-        count = bits.shape[1] // 2
-        high, low = bits[:, :count].astype(jnp.uint64), bits[:, count:].astype(jnp.uint64)
+    if len(bits) == 2:
+        high, low = (word.astype(jnp.uint64) for word in bits)
         whole = ((high << 32) | low) >> 12
         uniform = (whole.astype(jnp.float64) + 0.5) * 2.0**-52
     else:
-        uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
-    if kind == "uniform":
-        return uniform.astype(dtype)
-    return (math.sqrt(2.0) * lax.erf_inv(2.0 * uniform - 1.0)).astype(dtype)
+        uniform = ((bits[0] >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+    return uniform if kind == "uniform" else math.sqrt(2.0) * lax.erf_inv(2.0 * uniform - 1.0)
 
 
 def _draw_by_site(key: jax.Array, kind: str, size: int, codes: Any, lanes: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -62,6 +62,24 @@ def drawn(guide, data, names, params, key=KEY):
 # --- the cone ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
+def test_impossible_pixels_stay_impossible(dtype):
+    """A pixel that is neither 0 nor 1 has density zero and no slope, to second order; the others keep theirs."""
+
+    @jax.jit
+    def log_density(logits, pixel):
+        return ex.model(lambda: ex.sample("y", dist.Bernoulli(logits=logits)))().assess({"y": pixel})[0]
+
+    for number in (0, 1) if dtype == jnp.bool_ else (0, 1, 2, 255):
+        pixel, possible = jnp.asarray(number).astype(dtype), number < 2
+        for logits in (-3.0, 0.7, 40.0):
+            p = 1 / (1 + np.exp(-logits))
+            expected = [flips(number, logits), number - p, -p * (1 - p)] if possible else [-np.inf, 0.0, 0.0]
+            first = jax.grad(log_density)
+            found = [f(logits, pixel) for f in (log_density, first, jax.grad(first))]
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_cones_density():
     x, y = 1.7, -0.4

@@ -199,8 +199,8 @@ def test_streams_are_uncorrelated(x64, dtype):
 def test_noise_never_meets_the_ends(x64, kind, dtype):
     """The smallest and the largest word make finite numbers, strictly inside (0, 1) and symmetric."""
     words = 2 if dtype == "float64" else 1
-    ends = jnp.tile(jnp.array([[0], [0xFFFFFFFF]], jnp.uint32), (1, words))
-    low, high = np.asarray(_noise._convert(kind, ends, words, jnp.dtype(dtype))).ravel()
+    ends = jnp.array([0, 0xFFFFFFFF], jnp.uint32)
+    low, high = np.asarray(_noise._convert(kind, *[ends] * words).astype(dtype))
     if kind == "uniform":
         assert 0.0 < low < 1e-6 and low == 1.0 - high
     else:
