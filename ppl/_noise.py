@@ -133,7 +133,8 @@ def _cut(numbers: jax.Array, sizes: list[tuple[int, int, int]]) -> list[jax.Arra
 
 
 def _stream(codes: tuple[int, ...], half: int) -> jax.Array:
-    return jnp.broadcast_to(jnp.asarray(codes, jnp.uint32)[:, None], (len(codes), half)).reshape(-1)
+    # a lookup, not a broadcast: XLA 0.10 for CPU makes a kernel of that which crashes at 17 to 19 codes
+    return jnp.asarray(codes, jnp.uint32)[lax.broadcasted_iota(jnp.uint32, (len(codes), half), 0).reshape(-1)]
 
 
 def _counter(count: int, half: int) -> jax.Array:

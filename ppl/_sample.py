@@ -19,6 +19,7 @@ from . import _jax
 from ._custom import as_distribution
 from ._distribution import Lane, align, draw_type, flatten, lane_shape, over, rebuild
 from ._errors import AddressError, ControlFlowError, DistributionError, OutsideModelError, ShapeError
+from ._log_prob import log_prob
 from ._mistakes import check_closed
 from ._nesting import nested_program
 from ._support import known_support
@@ -82,7 +83,7 @@ class Site:
     def terms(self, d: dist.Distribution, value: Any) -> Array:
         """Return `d.log_prob(value)`, which must have the batch shape of `d`."""
         try:
-            terms = jnp.asarray(d.log_prob(value))
+            terms = jnp.asarray(log_prob(d, value))
         except DistributionError as error:
             raise DistributionError(f"site {self.address!r} at {self.where}: {error}") from error
         if jnp.shape(terms) != tuple(d.batch_shape):

@@ -394,3 +394,54 @@ def test_a_flow_is_a_site_and_a_guide(x64):
     value, gradient = vi.value_and_grad(bound)(arrays, KEY)
     np.testing.assert_allclose(value, 0.0, atol=1e-10)  # log q is flowjax's own
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+# --- distributions by logits ------------------------------------------------------------------------------------------
+
+BY_LOGITS = {
+    "bernoulli": lambda x: dist.Bernoulli(logits=x),
+    "to_event": lambda x: dist.Bernoulli(logits=x * jnp.ones(2)).to_event(1),
+    "expanded": lambda x: dist.Bernoulli(logits=x).expand([2]),
+    "masked": lambda x: dist.Bernoulli(logits=x * jnp.ones(2)).mask(jnp.array([True, False])),
+    "binomial": lambda x: dist.Binomial(5, logits=x),
+}
+
+
+@pytest.mark.parametrize("name", BY_LOGITS)
+@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.parametrize("logit", [0.0, 0.7, -30.0])
+def test_densities_by_logits_and_their_derivatives(x64, name, value, logit):
+    """Values are numpyro's; the derivative at 0, where numpyro's is wrong, is that of the finite difference.
+
+    Catches: a derivative of 0 or 1 in the place of a half.
+    """
+    program = ex.model(lambda x: ex.sample("y", BY_LOGITS[name](x)))
+    y = jnp.full(jnp.shape(jax.eval_shape(lambda: BY_LOGITS[name](logit).sample(jax.random.key(0)))), value)
+
+    def density(x):
+        return program(x).assess({"y": y})[0]
+
+    np.testing.assert_allclose(density(jnp.asarray(logit)), BY_LOGITS[name](logit).log_prob(y).sum(), rtol=1e-12)
+    step = 1e-5
+    difference = (density(jnp.asarray(logit + step)) - density(jnp.asarray(logit - step))) / (2 * step)
+    np.testing.assert_allclose(jax.grad(density)(jnp.asarray(logit)), difference, rtol=1e-7, atol=1e-8)
+
+
+def test_infinite_logits_are_certain(x64):
+    from expectax.ppl._log_prob import log_prob
+
+    for logit, value in ((np.inf, 1), (-np.inf, 0)):
+        coin = dist.Bernoulli(logits=logit, validate_args=False)
+        several = dist.Binomial(5, logits=logit, validate_args=False)
+        for y in (value, float(value)):
+            assert log_prob(coin, jnp.asarray(y)) == 0.0 and log_prob(coin, jnp.asarray(1 - y)) == -np.inf
+        assert log_prob(several, 5 * value) == 0.0 and log_prob(several, 3) == -np.inf
+
+
+def test_a_relaxed_coin_is_linear_in_its_value(x64):
+    """What a relaxation differentiates: y l - log(1 + e^l), in y and in l, at both ends too."""
+    from expectax.ppl._log_prob import log_prob
+
+    for y, logit in ((0.0, 0.0), (1.0, 0.3), (0.4, 0.0)):
+        by_y, by_logit = jax.grad(lambda y, x: log_prob(dist.Bernoulli(logits=x), y), (0, 1))(y, logit)
+        np.testing.assert_allclose((by_y, by_logit), (logit, y - 1 / (1 + np.exp(-logit))), rtol=1e-12, atol=1e-15)
