@@ -147,12 +147,11 @@ def _observed(program: Program, observed: Any) -> tuple[str, ...]:
 def _p_value(name: str, found: Any, num_steps: int) -> float:
     from scipy import stats
 
+    columns = [np.asarray(x, np.float64) for x in (found if isinstance(found, tuple) else (found, found))]
     if isinstance(found, tuple):
-        moved, fresh = (np.asarray(x, np.float64) for x in found)
-        impossible, unusable = np.isnan(moved), np.isnan(fresh)
+        impossible, unusable = map(np.isnan, columns)
     else:
-        ranks = np.asarray(found)
-        impossible, unusable = ranks == _IMPOSSIBLE, ranks == _UNUSABLE
+        impossible, unusable = columns[0] == _IMPOSSIBLE, columns[0] == _UNUSABLE
     if unusable.any():
         raise NonFiniteError(
             f"check_kernel: the statistic {name!r} is nan at {int(unusable.sum())} exact draws. Give statistics that are "
@@ -161,8 +160,9 @@ def _p_value(name: str, found: Any, num_steps: int) -> float:
     if impossible.any():  # where a kernel that is right never goes
         return 0.0
     if isinstance(found, tuple):
-        return float(stats.ks_2samp(moved, fresh, method="asymp").pvalue)
-    return float(stats.chisquare(np.bincount(ranks, minlength=num_steps + 1)).pvalue)
+        result: Any = stats.ks_2samp(columns[0], columns[1], method="asymp")
+        return float(result.pvalue)
+    return float(stats.chisquare(np.bincount(columns[0].astype(int), minlength=num_steps + 1)).pvalue)
 
 
 def _default(latents: Choices, observations: Choices) -> dict[str, Any]:

@@ -130,7 +130,18 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", KERNELS)
+SLOW = (
+    "gibbs",
+    "mh in a branch",
+    "gibbs in a scan",
+    "all together",
+    "cycle in a branch",
+    "on on",
+    "gibbs, jointly missing",
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in KERNELS])
 def test_kernels_are_invariant(name):
     """What it would catch is in WRONG: each of them fails here."""
     target, kernel = KERNELS[name]

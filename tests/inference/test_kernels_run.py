@@ -69,37 +69,31 @@ COMPOSED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPOSED)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["cycle", *(pytest.param(n, marks=SLOW) for n in COMPOSED if n != "cycle")])
 def test_a_mixture_end_to_end(name):
-    """|z| > 5 twice, the second time with a fresh key and four times the draws."""
+    """|z| > 5 twice, the second time with a fresh key and four times the draws; and nothing compiles twice."""
     exact, kernel = exact_mixture(), COMPOSED[name]()
-    posterior = mixture().given({"y": DATA})
+    values = {path: np.ravel(v) for path, v in exact.items()}
+    names = {f"{p}[{i}]" if v.size > 1 else p: v[i] for p, v in values.items() for i in range(v.size)}
     for key, num_samples in zip(jax.random.split(KEY), (1000, 4000), strict=True):
-        chains = inference.mcmc(posterior, kernel, key=key, num_warmup=300, num_samples=num_samples)
+        run = {"num_warmup": 300, "num_samples": num_samples}
+        chains = inference.mcmc(mixture().given({"y": DATA}), kernel, key=key, **run)
         rows = inference.summarize(jax.tree.map(lambda x: np.asarray(x, float), chains.choices))
-        wrong = [
-            (path, row.mean, value)
-            for path in exact
-            for row, value in zip(rows[path], np.ravel(exact[path]), strict=True)
-            if abs(row.mean - value) > 5 * row.mcse_mean
-        ]
-        assert all(row.ess_bulk > 200 for path in exact for row in rows[path])
-        if not wrong:
-            return
-    pytest.fail(str(wrong))
-
-
-def test_a_composition_compiles_once_and_tunes_its_parts():
-    kernel, posterior = COMPOSED["cycle"](), mixture().given({"y": DATA})
-    short = {"num_warmup": 60, "num_samples": 20, "num_chains": 2}
-    chains = inference.mcmc(posterior, kernel, key=KEY, **short)
-    own = chains.parameters[1]
-    assert chains.parameters[0] == () and own["step_size"].shape == (2,)
-    assert own["inverse_mass_matrix"].shape == (2, 3)
-    assert (np.asarray(own["inverse_mass_matrix"]) != 1).all() and len(set(np.asarray(own["step_size"]).tolist())) == 2
+        assert set(rows) == set(names) and all(row.ess_bulk > 200 for row in rows.values())
+        if all(abs(rows[n].mean - value) <= 5 * rows[n].mcse_mean for n, value in names.items()):
+            break
+    else:
+        pytest.fail(str([(n, rows[n].mean, value) for n, value in names.items()]))
     with count_compiles() as compiles:
-        inference.mcmc(mixture().given({"y": DATA + 1}), kernel, key=jax.random.key(1), **short)
+        inference.mcmc(mixture().given({"y": DATA + 1}), kernel, key=jax.random.key(1), **run)
     assert compiles == []
+    if name == "cycle":
+        nothing, own = chains.parameters
+        assert nothing == () and own["step_size"].shape == (4,) and own["inverse_mass_matrix"].shape == (4, 3)
+        assert (np.asarray(own["inverse_mass_matrix"]) != 1).all() and len(np.unique(own["step_size"])) == 4
 
 
 @ppl.model
@@ -121,12 +115,12 @@ TUNED = {
 }
 
 
-@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("name", [n if n in ("mala", "repeat") else pytest.param(n, marks=SLOW) for n in TUNED])
 def test_the_warm_up_reaches_its_acceptance(name):
     """With the scales of the target: without them the rate would be reached by steps that are 1000 times too short."""
     kernel, rate = TUNED[name]
     chains = inference.mcmc(scales().given({"y": 3.0}), kernel, key=KEY, num_warmup=1000, num_samples=500)
-    assert abs(float(chains.statistics["acceptance_rate"].mean()) - rate) < 0.12
+    assert abs(float(chains.statistics["acceptance_rate"].mean()) - rate) < 0.15
     wide = np.asarray(chains.choices["x"])[..., 2]
     assert 15 < wide.std() < 40, wide.std()
 
@@ -140,7 +134,7 @@ def test_slices_learn_their_widths():
 
 
 def test_replicas_visit_both_modes_and_tune_apart():
-    """The mode at 6 has 70 percent; a chain alone stays where it starts."""
+    """The mode at 6 has 70 percent; a chain alone stays in one mode."""
 
     @ppl.model
     def modes():
@@ -149,11 +143,12 @@ def test_replicas_visit_both_modes_and_tune_apart():
 
     posterior, start = modes().given({}), {"x": -6.0}
     run = {"key": KEY, "num_warmup": 300, "num_samples": 2000, "initial": start}
-    alone = inference.mcmc(posterior, inference.random_walk(), **run)
-    assert (np.asarray(alone.choices["x"]) < 0).all()
-    kernel = inference.replica_exchange(inference.random_walk(), [1.0, 0.3, 0.1, 0.02])
+    alone = inference.mcmc(posterior, inference.mala(), **run)
+    share = (np.asarray(alone.choices["x"]) > 0).mean(1)
+    assert ((share < 0.01) | (share > 0.99)).all()
+    kernel = inference.replica_exchange(inference.mala(), [1.0, 0.3, 0.1, 0.02])
     chains = inference.mcmc(posterior, kernel, **run)
-    (row,) = inference.summarize({"up": (np.asarray(chains.choices["x"]) > 0).astype(float)})["up"]
+    row = inference.summarize({"up": (np.asarray(chains.choices["x"]) > 0).astype(float)})["up"]
     assert abs(row.mean - 0.7) < 5 * row.mcse_mean and row.ess_bulk > 200
     steps = np.asarray(chains.parameters["step_size"])
     assert steps.shape == (4, 4) and (steps.mean(0)[1:] > steps.mean(0)[:-1]).all()
