@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import PRNGKeyArray
 
-from expectax.ppl import ControlFlowError, Posterior, Program
+from expectax.ppl import ControlFlowError, NonFiniteError, Posterior, Program
 from expectax.ppl._compile import compiled
 from expectax.ppl._keyless import keyed
 from expectax.ppl._nested import Choices, leaves_of, nested
@@ -28,6 +28,9 @@ from ._run import transition
 from ._target import Target
 
 Statistics = Callable[[Choices, Choices], Any]
+
+_IMPOSSIBLE, _UNUSABLE = -1, -2
+"""What stands for a rank where a moved draw, or the exact draw, has a nan."""
 
 _NUMBERS = 4
 """How many numbers of the latents are statistics by default."""
@@ -91,6 +94,7 @@ def check_kernel(
     Raises:
         AddressError: an address of `observed` is unknown.
         ControlFlowError: a latent stands in a branch or has a mask, or there is none.
+        NonFiniteError: a statistic is nan at an exact draw (where only a moved draw's is, the p-value is 0).
         ValueError: a number is out of range.
 
     Source: Gandy and Scott 2020, "Unit testing for MCMC and other Monte Carlo methods"; the two-sample form: Geweke 2004.
@@ -116,7 +120,7 @@ def check_kernel(
     paths = _observed(bound_program(program, "check_kernel"), observed)
     run = _ranks if reversible else _pairs
     found, acceptance = run(kernel, program, paths, statistics or _default, key, parameters, num_chains, num_steps)
-    p_values = {name: _p_value(x, num_steps) for name, x in sorted(found.items())}
+    p_values = {name: _p_value(name, x, num_steps) for name, x in sorted(found.items())}
     worst = min(p_values, key=lambda name: p_values[name])
     p_value = min(1.0, p_values[worst] * len(p_values))
     return KernelCheck(p_value, worst, p_values, float(acceptance))
@@ -140,12 +144,25 @@ def _observed(program: Program, observed: Any) -> tuple[str, ...]:
     return paths
 
 
-def _p_value(found: Any, num_steps: int) -> float:
+def _p_value(name: str, found: Any, num_steps: int) -> float:
     from scipy import stats
 
+    columns = [np.asarray(x, np.float64) for x in (found if isinstance(found, tuple) else (found, found))]
     if isinstance(found, tuple):
-        return float(stats.ks_2samp(*(np.asarray(x, np.float64) for x in found), method="asymp").pvalue)
-    return float(stats.chisquare(np.bincount(np.asarray(found), minlength=num_steps + 1)).pvalue)
+        impossible, unusable = map(np.isnan, columns)
+    else:
+        impossible, unusable = columns[0] == _IMPOSSIBLE, columns[0] == _UNUSABLE
+    if unusable.any():
+        raise NonFiniteError(
+            f"check_kernel: the statistic {name!r} is nan at {int(unusable.sum())} exact draws. Give statistics that are "
+            "numbers wherever the program can draw."
+        )
+    if impossible.any():  # where a kernel that is right never goes
+        return 0.0
+    if isinstance(found, tuple):
+        result: Any = stats.ks_2samp(columns[0], columns[1], method="asymp")
+        return float(result.pvalue)
+    return float(stats.chisquare(np.bincount(columns[0].astype(int), minlength=num_steps + 1)).pvalue)
 
 
 def _default(latents: Choices, observations: Choices) -> dict[str, Any]:
@@ -226,7 +243,9 @@ def _rank(key: Any, values: Any) -> Any:
     tied = jnp.abs(others - first) <= 256 * jnp.finfo(values.dtype).eps * (1 + jnp.abs(first))
     tied = tied | (others == first)  # infinite ones too
     below = jnp.sum(~tied & (others < first))
-    return below + jax.random.randint(key, (), 0, jnp.sum(tied) + 1)
+    rank = below + jax.random.randint(key, (), 0, jnp.sum(tied) + 1)
+    rank = jnp.where(jnp.any(jnp.isnan(others)), _IMPOSSIBLE, rank)
+    return jnp.where(jnp.isnan(first), _UNUSABLE, rank)
 
 
 @compiled

@@ -97,7 +97,7 @@ class Mixture(eqx.Module):
             del state
             number, infos = info.parts
             return tuple(
-                _if_chosen(part, tuning, stage, *infos[n], number == n)
+                _if_chosen(part, tuning, stage, infos[n], number == n)
                 for n, (part, tuning) in enumerate(zip(parts, own, strict=True))
             )
 
@@ -193,11 +193,11 @@ def _together(parts: Sequence[Adaptation]) -> Adaptation:
     return Adaptation(start, update, each("parameters"), each("final"), unadapted)
 
 
-def _if_chosen(part: Adaptation, own: Any, stage: Stage, state: State, info: Info, chosen: Any) -> Any:
+def _if_chosen(part: Adaptation, own: Any, stage: Stage, told: tuple[State, Info], chosen: Any) -> Any:
     """Update a part that moved; the end of a window waits until it does."""
     tuning, pending = own
     end = pending | stage.window_end
-    after = part.update(tuning, Stage(stage.slow, end), state, info)
+    after = part.update(tuning, Stage(stage.slow, end), *told)
     return jax.tree.map(lambda a, b: jnp.where(chosen, a, b), after, tuning), end & ~chosen
 
 

@@ -12,6 +12,7 @@ from numpyro import distributions as dist
 
 from expectax.ppl import ControlFlowError, Posterior, sample
 from expectax.ppl._joint_values import joint_values
+from expectax.ppl._keyless import random_key
 from expectax.ppl._masked import Masked, expand
 from expectax.ppl._nested import Choices, leaves_of
 from expectax.ppl._posterior import is_discrete
@@ -53,10 +54,10 @@ class ReplicaExchange(eqx.Module):
 
     def _exact(self, target: Target, beta: float) -> Choices:
         posterior = target.posterior
-        if beta == 0.0 and self.tempered == "likelihood":
-            drawn = posterior.program.rebind().choices
-            return jax.tree.map(lambda x, s: x.astype(s.dtype), posterior.latents(drawn), posterior.latent_shapes)
-        remedy = "Without finite latents only replicas at 1 and 0 are drawn exactly."
+        prior = beta == 0.0 and self.tempered == "likelihood"
+        if prior and not all(is_discrete(entry) for _, entry in leaves_of(posterior.latent_sites())):
+            return posterior.latents(posterior.generate(random_key("prior"))[0].choices)
+        remedy = "With continuous latents only replicas at 1 and 0 (the prior) are drawn exactly."
         values = joint_values(posterior, "replica_exchange", conditional=True, remedy=remedy)
         logits = jax.vmap(self._target(target, jnp.asarray(beta)).log_density)(values)
         number = sample("replica", dist.Categorical(logits=logits))
