@@ -145,7 +145,9 @@ def log_likelihood(posterior: Posterior, latents: Choices) -> Any:
     prior = jnp.zeros(())
     for path, _ in leaves_of(posterior.latent_sites()):
         own = observed.get(path)
-        prior = prior + jnp.sum(jnp.where(expand(own.mask, terms[path]), 0.0, terms[path]) if isinstance(own, Masked) else terms[path])
+        prior = prior + jnp.sum(
+            jnp.where(expand(own.mask, terms[path]), 0.0, terms[path]) if isinstance(own, Masked) else terms[path]
+        )
     return jnp.where(jnp.isneginf(total), -jnp.inf, total - prior)
 
 
