@@ -94,7 +94,8 @@ def _paths(posterior: Posterior, key: Any, start: Choices) -> tuple[Choices, Any
         key_path, key_draw = jax.random.split(key)
         start = flat.unconstrain(latents)
         state, _ = pathfinder.approximate(key_path, flat.log_density, start)
-        drawn: Any = pathfinder.sample(key_draw, state)[0]
+        sampled: Any = pathfinder.sample(key_draw, state)
+        drawn = sampled[0]
         covariance = lbfgs_inverse_hessian_formula_1(state.alpha, state.beta, state.gamma)
         fine = jnp.isfinite(flat.log_density(drawn)) & jnp.isfinite(covariance).all()
         return flat.constrain(jnp.where(fine, drawn, start)), jnp.where(fine, covariance, 0.0), fine
