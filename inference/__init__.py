@@ -5,6 +5,8 @@ from expectax.ppl._keyless import random_key as random_key
 
 from ._ancestors import Ancestors as Ancestors
 from ._ancestors import ancestors as ancestors
+from ._auto_reparameterize import Reparameterized as Reparameterized
+from ._auto_reparameterize import auto_reparameterize as auto_reparameterize
 from ._chains import Chains as Chains
 from ._check_kernel import KernelCheck as KernelCheck
 from ._check_kernel import check_kernel as check_kernel

@@ -162,18 +162,25 @@ def _hamiltonian(chains: Chains, statistics: dict[str, np.ndarray]) -> Iterator[
                 f"{int(full.sum())} of {full.size} trees reached max_tree_depth={depth}: each step is costly and stays "
                 "near; warm up longer, use dense_mass=True for correlated latents, or reparameterise the model."
             )
-    energy = statistics["energy"].astype(np.float64)
-    if energy.shape[1] < 4:
-        return
-    spread = ((energy - energy.mean(1, keepdims=True)) ** 2).sum(1)
-    fraction = (np.diff(energy, axis=1) ** 2).sum(1) / np.where(spread > 0, spread, np.inf)
+    fraction = np.array([_energy_fraction(chain) for chain in statistics["energy"]])
     low = np.flatnonzero(fraction < _ENERGY_FRACTION)
     if len(low):
         yield (
             f"the fraction of missing information is below {_ENERGY_FRACTION} in {_some(low, 'chain')} "
-            f"(least {fraction.min():.2f}): the momentum cannot carry the chain through the tails; reparameterise the "
+            f"(least {fraction[low].min():.2f}): the momentum cannot carry the chain through the tails; reparameterise the "
             "model (heavy tails, scales that depend on each other), or warm up longer."
         )
+
+
+def _energy_fraction(energy: np.ndarray) -> float:
+    """Return the fraction of missing information of a chain, of its finite energies (a divergence has an infinite one)."""
+    finite = np.isfinite(energy)
+    pairs = finite[1:] & finite[:-1]
+    energy = np.where(finite, energy, 0.0).astype(np.float64)
+    if pairs.sum() < 3:
+        return np.inf
+    spread = energy[finite].var()
+    return float((np.diff(energy)[pairs] ** 2).mean() / spread) if spread > 0 else 0.0
 
 
 def _some(names: Any, what: str) -> str:

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
-from expectax.ppl import Posterior, _jax
+from expectax.ppl import Posterior, Program, _jax
 from expectax.ppl._progress import chunks, progress_bar
 from expectax.ppl._staging import check_key
 
 from ._chains import Chains, Last
 from ._devices import devices_of
+from ._initial import begun
 from ._kernel import Kernel, check_kernel_value
 from ._reducers import Reducer
 from ._run import Way, reductions, sample, warm_up
-from ._starts import check_estimates, check_starts, starts
+from ._starts import check_estimates, check_starts
 from ._target import Target
 
 
@@ -33,7 +34,7 @@ def mcmc(
     num_samples: int = 1000,
     num_chains: int = 4,
     thinning: int = 1,
-    initial: dict[str, Any] | None = None,
+    initial: dict[str, Any] | Program | str | None = None,
     reducers: Mapping[str, tuple[Any, Any]] | None = None,
     keep_draws: bool = True,
     devices: Sequence[Any] | Mesh | None = None,
@@ -50,8 +51,11 @@ def mcmc(
         num_chains: number of chains.
         thinning: kernel steps per kept draw. The steps between are never stored; their divergences and integration
             steps are counted, their acceptance rates averaged.
-        initial: nested dict of latents to start every chain at; by default uniform in (-2, 2) on the unconstrained
-            scale, tried again where the density is not finite.
+        initial: nested dict of latents to start every chain at; or a guide with its parameters, `guide(params)`, at draws
+            of which the chains start, and whose covariance in unconstrained space is the first inverse mass matrix of
+            `nuts` and `hmc`; or `"pathfinder"`, which finds such a normal approximation along a way uphill (Zhang et
+            al. 2022). By default uniform in (-2, 2) on the unconstrained scale, tried again where the density is not
+            finite.
         reducers: name -> `Reducer`, such as `running_mean()`, or any pair `(init, update)`, fed with each kept draw as
             it comes; what they end with is `chains.reduced`.
         keep_draws: whether the draws are stored. Without them only the reducers see them; the statistics, five numbers
@@ -63,7 +67,8 @@ def mcmc(
         `Chains`.
 
     Raises:
-        SupportError: a latent is discrete.
+        SupportError: a latent is discrete, or a guide's draws are outside the support.
+        AddressError: a guide lacks a latent.
         NonFiniteError: no chain start has a finite density; the first site to blame is named.
         ValueError: a setting is out of range.
 
@@ -92,7 +97,7 @@ def mcmc(
     way = Way(thinning, keep_draws, devices_of(devices, num_chains))
     key_start, key_warm, key_run = jax.random.split(key, 3)
     with progress_bar(num_warmup + num_samples, kernel.name, progress) as advance:
-        start = starts(posterior, key_start, num_chains, initial)
+        start, kernel = begun(posterior, kernel, key_start, num_chains, initial)
         traced = _jax.is_traced(jax.tree.leaves(start)[0])
         if not traced:
             check_starts(posterior, start)
@@ -102,14 +107,14 @@ def mcmc(
         if progress:
             jax.block_until_ready(state)
             advance(num_warmup)
-        begun = Chains(
+        before = Chains(
             {},
             {},
             parameters,
             reductions(posterior, kernel, folds, state),
             Last.of((posterior, kernel, folds), way, jax.random.split(key_run, num_chains), state),
         )
-        chains = _continued(begun, num_samples, advance if progress else None)
+        chains = _continued(before, num_samples, advance if progress else None)
     _warn_divergent(chains)
     return chains
 

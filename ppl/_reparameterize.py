@@ -14,7 +14,7 @@ import optax
 from numpyro import distributions as dist
 
 from . import _jax
-from ._compile import Fixed
+from ._compile import Fixed, compiled
 from ._dependence import dependences
 from ._errors import AddressError, DistributionError, SupportError
 from ._nested import Choices, leaves_of, nested
@@ -182,6 +182,7 @@ def _automatic(posterior: Posterior, key: Any, num_draws: int = 32) -> list[str]
     return [path for path in candidates if float(information[path]) < 1.0]
 
 
+@compiled
 def _pilot(posterior: Posterior, key: Any, num_draws: int, num_steps: int = 500) -> Choices:
     """Return latents drawn from a mean-field approximation."""
     shapes = posterior.unconstrained_shapes
@@ -225,6 +226,7 @@ def _pilot(posterior: Posterior, key: Any, num_draws: int, num_steps: int = 500)
     return run(params)
 
 
+@compiled
 def _information(posterior: Posterior, draws: Choices, paths: tuple[str, ...], key: Any) -> dict[str, Any]:
     r"""Return for each site the mean of $-\sigma^2\, \partial^2 (\log p - \log p_{\text{site}}) / \partial x^2$."""
 

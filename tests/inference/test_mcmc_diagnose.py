@@ -47,9 +47,9 @@ def autoregressive(slope: float) -> np.ndarray:
     return x
 
 
-def drifting_variance() -> np.ndarray:
-    """Independent draws but for their scale, a slow chain: the centre mixes and the tails do not."""
-    return RNG.normal(size=SHAPE) * np.exp(autoregressive(0.985))
+def slow_scale() -> np.ndarray:
+    """Draws whose signs are independent and whose scale is a slow chain: the centre mixes and the tails do not."""
+    return RNG.normal(size=SHAPE) * np.exp(2 * autoregressive(0.995))
 
 
 def test_no_problem():
@@ -61,16 +61,17 @@ def test_chains_that_disagree():
     draws = RNG.normal(size=(*SHAPE, 3))
     draws[2, :, 1] += 1.0
     found = chains({"theta": draws}).diagnose()
-    assert len(found) == 2 and str(found).count("\n") == 1
+    assert len(found) > 1 and str(found).count("\n") == len(found) - 1
     assert "R-hat is above 1.01 for 1 of 3 numbers, worst theta[1] (1." in found[0]
     assert "bulk effective sample size is below 400" in found[1]
 
 
-@pytest.mark.parametrize(("kind", "draws"), [("bulk", autoregressive(0.97)), ("tail", drifting_variance())])
+@pytest.mark.parametrize(("kind", "draws"), [("bulk", autoregressive(0.97)), ("tail", slow_scale())])
 def test_few_effective_draws(kind, draws):
-    found = [p for p in chains({"a": draws, "b": RNG.normal(size=SHAPE)}).diagnose() if not p.startswith("R-hat")]
-    assert len(found) == 1 and f"the {kind} effective sample size is below 400 (100 a chain) for 1 of 2" in found[0]
-    assert "worst a (" in found[0]
+    found = chains({"a": draws, "b": RNG.normal(size=SHAPE)}).diagnose()
+    (problem,) = (p for p in found if kind in p)
+    assert f"the {kind} effective sample size is below 400 (100 a chain) for 1 of 2 numbers, worst a (" in problem
+    assert kind == "bulk" or not any("bulk" in p for p in found)
 
 
 def test_few_draws_and_numbers_that_never_move():
@@ -131,17 +132,20 @@ def test_divergences_are_named_with_where_they_start():
 
 
 @ppl.model
-def funnel():
-    v = ppl.sample("v", dist.Normal(0.0, 3.0))
-    ppl.sample("x", dist.Normal(0.0, jnp.exp(v / 2)).expand([9]))
+def schools(sigma):
+    """Eight schools (Rubin 1981), centred: the effects' scale tau is hard to make small."""
+    mu = ppl.sample("mu", dist.Normal(0.0, 5.0))
+    tau = ppl.sample("tau", dist.HalfCauchy(5.0))
+    theta = ppl.sample("theta", dist.Normal(mu, tau).expand([8]))
+    ppl.sample("y", dist.Normal(theta, sigma))
 
 
 @pytest.mark.filterwarnings("ignore:mcmc.*diverged")
-def test_a_funnel():
-    kernel = inference.hmc(num_integration_steps=10)
-    found = inference.mcmc(funnel().given({}), kernel, key=KEY, num_warmup=300, num_samples=500).diagnose()
-    assert any("divergences gather at small v" in problem for problem in found), str(found)
-    assert any("R-hat" in problem and "worst v (" in problem for problem in found)
+def test_the_neck_of_a_funnel():
+    sigma = np.array([15.0, 10, 16, 11, 9, 11, 10, 18], np.float32)
+    posterior = schools(sigma).given({"y": np.array([28.0, 8, -3, 7, -1, 1, 18, 12], np.float32)})
+    found = inference.mcmc(posterior, inference.hmc(), key=KEY, num_warmup=500, num_samples=1000).diagnose()
+    assert any("divergences gather at small tau" in problem for problem in found), str(found)
 
 
 def test_draws_that_are_not_kept():

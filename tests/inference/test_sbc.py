@@ -114,7 +114,7 @@ def test_a_variance_that_is_five_percent_off_is_seen():
 
 
 def test_other_mistakes_are_seen():
-    """A shift of a fifth of an sd, the prior for the posterior, and the truth's own key (draws that know too much)."""
+    """A shift of a fifth of an sd, and draws as wide as the prior's."""
     shifted = functools.partial(normal_draws, shift=0.2 * 0.5**0.5)
     prior = functools.partial(normal_draws, sd=1.0)
     for wrong in (shifted, prior):
