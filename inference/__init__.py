@@ -10,8 +10,12 @@ from ._compositions import pmmh as pmmh
 from ._compositions import rmsmc as rmsmc
 from ._compositions import smc as smc
 from ._compositions import smc2 as smc2
+from ._conditional_ancestors import ConditionalAncestors as ConditionalAncestors
 from ._exact import Measure as Measure
 from ._exact import exact as exact
+from ._filter_steps import StepContext as StepContext
+from ._filtered import Filtered as Filtered
+from ._filtered import History as History
 from ._hamiltonian import hmc as hmc
 from ._hamiltonian import nuts as nuts
 from ._importance import importance as importance
@@ -21,7 +25,7 @@ from ._kernel import Kernel as Kernel
 from ._kernel import Stage as Stage
 from ._kernel import State as State
 from ._mcmc import mcmc as mcmc
-from ._particle_filter import Filtered as Filtered
+from ._particle_filter import filtering as filtering
 from ._particle_filter import particle_filter as particle_filter
 from ._particles import Particles as Particles
 from ._population import Population as Population

@@ -14,14 +14,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+_FEW = 4096
+"""Up to this length JAX's own running sums are as fast, and quicker to compile."""
+
+
 def running_sum(x: Array) -> Array:
-    """Return the partial sums; XLA's CPU backend makes them two to three times as fast as `jnp.cumsum`."""
-    return lax.associative_scan(jnp.add, x)
+    """Return the partial sums; for long vectors two to three times as fast as `jnp.cumsum` on XLA's CPU backend."""
+    return jnp.cumsum(x) if x.shape[0] <= _FEW else lax.associative_scan(jnp.add, x)
 
 
 def running_max(x: Array) -> Array:
     """Return the largest value so far."""
-    return lax.associative_scan(jnp.maximum, x)
+    return lax.cummax(x) if x.shape[0] <= _FEW else lax.associative_scan(jnp.maximum, x)
 
 
 def cumulated(weights: Float[Array, " n"]) -> Float[Array, " n"]:

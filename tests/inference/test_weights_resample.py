@@ -211,7 +211,7 @@ def test_no_weightless_particle_among_a_million(method):
 
 def test_errors():
     w = jnp.zeros(3)
-    with pytest.raises(ValueError, match="'systematic', 'stratified' or 'multinomial', got 'residual'"):
-        inference.ancestors(KEY, w, method="residual")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="'ssp' or 'killing', got 'best'"):
+        inference.ancestors(KEY, w, method="best")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="typed key"):
         inference.ancestors(jax.random.PRNGKey(0), w)
