@@ -133,7 +133,9 @@ def main() -> None:
         found = interleaved(candidates, options.repeats)
         best = min(v["median"] for k, v in found.items() if k.startswith("hand"))
         for name, times in found.items():
-            print(f"| {n} | {name} | {1e3 * times['first']:.0f} | {1e3 * times['median']:.2f} | {times['median'] / best:.2f} |")
+            print(
+                f"| {n} | {name} | {1e3 * times['first']:.0f} | {1e3 * times['median']:.2f} | {times['median'] / best:.2f} |"
+            )
 
 
 def peer(python: str, name: str, n: int) -> Callable[[int], Any]:

@@ -27,6 +27,8 @@ from ._kernel import State as State
 from ._mcmc import mcmc as mcmc
 from ._particle_filter import filtering as filtering
 from ._particle_filter import particle_filter as particle_filter
+from ._particle_gibbs import ParticleGibbs as ParticleGibbs
+from ._particle_gibbs import particle_gibbs as particle_gibbs
 from ._particles import Particles as Particles
 from ._population import Population as Population
 from ._population import advance as advance

@@ -63,7 +63,7 @@ class ConditionalAncestors(dist.Distribution):
 
     def __init__(self, log_weights: Any, reference: Any, method: Method = "multinomial"):
         """Keep the weights and the reference."""
-        self.log_weights, self.reference = jnp.asarray(log_weights), jnp.asarray(reference)
+        self.log_weights, self.reference = jnp.asarray(log_weights), jnp.asarray(reference, jnp.int32)
         self.method: Method = check_conditional(method)
         super().__init__(batch_shape=(), event_shape=(self.log_weights.shape[-1] + 1,), validate_args=False)
 

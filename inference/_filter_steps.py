@@ -105,7 +105,9 @@ class FilterSteps(NamedTuple):
     def states_of(self, values: dict[Any, Any]) -> list[Any]:
         """Return the scan's own inputs of every particle, of the values before it."""
         return [
-            values[v] if not isinstance(v, _jax.Literal) and v in values else self._repeated(self.sequence.shared.read(v))
+            values[v]
+            if not isinstance(v, _jax.Literal) and v in values
+            else self._repeated(self.sequence.shared.read(v))
             for v, own in zip(self.sequence.cut.scan.invars, self.sequence.owned(), strict=True)
             if own
         ]

@@ -129,7 +129,9 @@ class Filtered(eqx.Module):
 
     def _stored(self) -> History:
         if self.history is None:
-            raise ValueError('the filter ran with store="evidence": use "filtering" or "trajectories" to keep its steps.')
+            raise ValueError(
+                'the filter ran with store="evidence": use "filtering" or "trajectories" to keep its steps.'
+            )
         return self.history
 
 

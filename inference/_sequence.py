@@ -14,7 +14,7 @@ from jax import lax
 
 from expectax.ppl import ControlFlowError, Model, Posterior, Program, _jax
 from expectax.ppl._cut import Cut, cut_at_scan
-from expectax.ppl._evaluate import without_positions, evaluate
+from expectax.ppl._evaluate import Visitor, evaluate, without_positions
 from expectax.ppl._inline import inline_calls
 from expectax.ppl._masked import Masked
 from expectax.ppl._nested import Choices
@@ -110,10 +110,10 @@ class Sequence(NamedTuple):
             found.append(value if n < num_consts + num_carry else jnp.asarray(value)[self.place(time)])
         return found
 
-    def step(self, state: list[Any], time: Any, given: Choices) -> Step:
+    def step(self, state: list[Any], time: Any, given: Choices, visitor: Visitor = rebinding) -> Step:
         """Do one step; choices that are not given are left to the enclosing program, those that are given weigh."""
         num_consts, num_carry = _jax.scan_sizes(self.cut.scan)
-        outcome = evaluate(self.body, self.inputs(state, time), rebinding, None, given)
+        outcome = evaluate(self.body, self.inputs(state, time), visitor, None, given)
         carry, outputs = outcome.outputs[:num_carry], outcome.outputs[num_carry:]
         return Step(self.moved(state, carry), outcome.choices, outputs, jnp.asarray(scalar(outcome.log_weight)))
 
