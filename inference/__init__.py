@@ -25,6 +25,9 @@ from ._kernel import Kernel as Kernel
 from ._kernel import Stage as Stage
 from ._kernel import State as State
 from ._mcmc import mcmc as mcmc
+from ._online_filter import OnlineFilter as OnlineFilter
+from ._online_filter import OnlineState as OnlineState
+from ._online_filter import online_filter as online_filter
 from ._particle_filter import filtering as filtering
 from ._particle_filter import particle_filter as particle_filter
 from ._particle_gibbs import ParticleGibbs as ParticleGibbs
@@ -39,6 +42,9 @@ from ._population import reweight as reweight
 from ._population import spawn as spawn
 from ._pseudo_marginal import PseudoMarginal as PseudoMarginal
 from ._pseudo_marginal import pseudo_marginal as pseudo_marginal
+from ._smoothing import fixed_lag_mean as fixed_lag_mean
+from ._smoothing import smooth as smooth
+from ._smoothing import smoothing as smoothing
 from ._summary import Row as Row
 from ._summary import Summary as Summary
 from ._summary import summarize as summarize

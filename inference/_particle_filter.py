@@ -121,7 +121,13 @@ def filtering(
     r"""Filter, as a keyless program: `particle_filter` without its key.
 
     Args:
-        posterior, num_particles, proposal, auxiliary, ess_threshold, method, store: as in `particle_filter`.
+        posterior: as in `particle_filter`.
+        num_particles: as in `particle_filter`.
+        proposal: as in `particle_filter`.
+        auxiliary: as in `particle_filter`.
+        ess_threshold: as in `particle_filter`.
+        method: as in `particle_filter`.
+        store: as in `particle_filter`.
 
     Returns:
         A `Filtered`.

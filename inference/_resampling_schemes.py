@@ -20,12 +20,22 @@ _FEW = 4096
 
 def running_sum(x: Array) -> Array:
     """Return the partial sums; for long vectors two to three times as fast as `jnp.cumsum` on XLA's CPU backend."""
-    return jnp.cumsum(x) if x.shape[0] <= _FEW else lax.associative_scan(jnp.add, x)
+    return jnp.cumsum(x) if x.shape[0] <= _FEW else _long_sum(x)
 
 
 def running_max(x: Array) -> Array:
     """Return the largest value so far."""
-    return lax.cummax(x) if x.shape[0] <= _FEW else lax.associative_scan(jnp.maximum, x)
+    return lax.cummax(x) if x.shape[0] <= _FEW else _long_max(x)
+
+
+@jax.jit
+def _long_sum(x: Array) -> Array:
+    return lax.associative_scan(jnp.add, x)
+
+
+@jax.jit
+def _long_max(x: Array) -> Array:
+    return lax.associative_scan(jnp.maximum, x)
 
 
 def cumulated(weights: Float[Array, " n"]) -> Float[Array, " n"]:
