@@ -23,6 +23,12 @@ from ._elliptical import elliptical_slice as elliptical_slice
 from ._exact import Measure as Measure
 from ._exact import exact as exact
 from ._gibbs import gibbs as gibbs
+from ._conditional_ancestors import ConditionalAncestors as ConditionalAncestors
+from ._exact import Measure as Measure
+from ._exact import exact as exact
+from ._filter_steps import StepContext as StepContext
+from ._filtered import Filtered as Filtered
+from ._filtered import History as History
 from ._hamiltonian import hmc as hmc
 from ._hamiltonian import nuts as nuts
 from ._importance import importance as importance
@@ -39,7 +45,13 @@ from ._mcmc import mcmc as mcmc
 from ._metropolis import mh as mh
 from ._on import on as on
 from ._particle_filter import Filtered as Filtered
+from ._online_filter import OnlineFilter as OnlineFilter
+from ._online_filter import OnlineState as OnlineState
+from ._online_filter import online_filter as online_filter
+from ._particle_filter import filtering as filtering
 from ._particle_filter import particle_filter as particle_filter
+from ._particle_gibbs import ParticleGibbs as ParticleGibbs
+from ._particle_gibbs import particle_gibbs as particle_gibbs
 from ._particles import Particles as Particles
 from ._population import Population as Population
 from ._population import advance as advance
@@ -62,6 +74,9 @@ from ._sbc import sbc as sbc
 from ._slice import slice as slice
 from ._stochastic_gradient import sghmc as sghmc
 from ._stochastic_gradient import sgld as sgld
+from ._smoothing import fixed_lag_mean as fixed_lag_mean
+from ._smoothing import smooth as smooth
+from ._smoothing import smoothing as smoothing
 from ._summary import Row as Row
 from ._summary import Summary as Summary
 from ._summary import summarize as summarize

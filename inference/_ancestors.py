@@ -3,51 +3,46 @@ r"""Resampling: ancestors of $n$ new particles with $E[\#\{j : a_j = i\}] = n W_
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.scipy.special import gammaln
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 
 from expectax.ppl._staging import check_key
 
+from ._resampling_laws import PROBABILITIES
+from ._resampling_schemes import SCHEMES
 from ._weights import normalized_weights
 
-Method = Literal["systematic", "stratified", "multinomial"]
-
-
-def _levels(key: PRNGKeyArray, num: int, method: str, dtype: Any) -> Float[Array, " num"]:
-    """Return increasing levels in [0, 1) at which the weights' distribution function is inverted."""
-    if method == "multinomial":
-        # the order statistics of uniforms, as partial sums of exponentials
-        spacings = jax.random.exponential(key, (num + 1,), dtype)
-        return lax.cummax(jnp.cumsum(spacings))[:-1] / jnp.sum(spacings)
-    shape = () if method == "systematic" else (num,)
-    return (jnp.arange(num, dtype=dtype) + jax.random.uniform(key, shape, dtype)) / num
+Method = Literal["systematic", "stratified", "multinomial", "residual", "ssp", "killing"]
 
 
 def ancestors(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num: int | None = None, method: Method = "systematic"
 ) -> Int[Array, " num"]:
-    r"""Draw ancestor indices in proportion to the weights.
+    r"""Draw ancestor indices in proportion to the weights: $E[\#\{j : a_j = i\}] = m W_i$.
 
     Args:
         key: a typed key.
         log_weights: unnormalised log weights; a weight of minus infinity is never chosen.
-        num: how many indices; by default as many as there are weights.
-        method: `"systematic"` (one uniform; counts within one of $n W_i$, up to the
-            rounding of the cumulated weights), `"stratified"` or `"multinomial"`.
+        num: how many indices, $m$; by default as many as there are weights.
+        method: `"systematic"` (one uniform; counts within one of $m W_i$, up to the rounding of the cumulated weights),
+            `"stratified"`, `"multinomial"`, `"residual"` (whole parts of $m W_i$ are certain), `"ssp"` (counts within
+            one of $m W_i$, negatively associated, so that the variance goes to zero faster than $1/m$ whatever the
+            order of the particles), or `"killing"` (particle $j$ keeps its place with probability $W_j / \max W$, so
+            that equal weights change nothing).
 
     Returns:
-        Increasing indices.
+        Increasing indices; for `"killing"` in the particles' places.
 
     Raises:
-        ValueError: the method is unknown.
+        ValueError: the method is unknown, or `num` is not the number of weights for `"killing"`.
+
+    Sources: see `Ancestors`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -56,16 +51,9 @@ def ancestors(
         [1, 1, 2, 2]
     """
     check_key(key)
-    check_method(method)
     num = log_weights.shape[0] if num is None else num
-    weights = normalized_weights(log_weights)
-    cumulated = lax.cummax(jnp.cumsum(weights))  # a parallel sum of floats need not be monotone
-    levels = _levels(key, num, method, weights.dtype) * cumulated[-1]
-    chosen = jnp.minimum(jnp.searchsorted(cumulated, levels, side="right"), weights.shape[0] - 1)
-    # rounding may choose a particle without weight: take the nearest one before it that has some
-    positive = weights > 0
-    usable = lax.cummax(jnp.where(positive, jnp.arange(weights.shape[0]), jnp.argmax(positive)))
-    return usable[chosen]
+    scheme = SCHEMES[check_method(method, num, log_weights.shape[0])]
+    return scheme(key, normalized_weights(log_weights), num)
 
 
 class Ancestors(dist.Distribution):
@@ -81,7 +69,13 @@ class Ancestors(dist.Distribution):
 
     With $C$ the weights' distribution function and $u$ uniform in $(0, 1)$, systematic resampling takes
     $a_j = i$ where $C_{i-1} \le (j + u) / m < C_i$; stratified resampling has a $u_j$ of its own for each $j$; of
-    multinomial resampling the sorted draws are returned.
+    multinomial resampling the sorted draws are returned. Residual resampling (Liu and Chen 1998) adds to
+    $\lfloor m W_i \rfloor$ copies of each particle multinomial draws from the rest. The Srinivasan sampling process
+    (Gerber, Chopin and Whiteley 2019) rounds each $m W_i$ by a coin for each particle; its probability is a sum over which
+    particle is pending. Killing (Del Moral 2004; Karppinen, Singh and Vihola 2023) has independent
+    $P(a_j = i) = \frac{W_j}{\max W} [i = j] + (1 - \frac{W_j}{\max W}) W_i$.
+
+    Sources: Kitagawa 1996 (stratified, systematic); Gordon, Salmond and Smith 1993 (multinomial).
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,7 +93,7 @@ class Ancestors(dist.Distribution):
         """Keep the weights."""
         self.log_weights = jnp.asarray(log_weights)
         self.num = self.log_weights.shape[-1] if num is None else num
-        self.method: Method = check_method(method)
+        self.method: Method = check_method(method, self.num, self.log_weights.shape[-1])
         super().__init__(batch_shape=(), event_shape=(self.num,), validate_args=False)
 
     @property
@@ -119,38 +113,31 @@ class Ancestors(dist.Distribution):
         """Return the exact log probability of vectors of ancestors."""
         del intermediates
         weights = normalized_weights(self.log_weights)
-        one = lambda a: jnp.log(_probability(self.method, weights, a))  # noqa: E731
+        one = lambda a: jnp.log(PROBABILITIES[self.method](weights, a))  # noqa: E731
         for _ in range(jnp.ndim(value) - 1):
             one = jax.vmap(one)
         return one(jnp.asarray(value))
 
     def enumerate_support(self, expand: bool = True) -> Any:
-        """Return all vectors that can be drawn, none decreasing."""
+        """Return all vectors that can be drawn; none decreases, but for killing."""
         del expand
-        count = self.log_weights.shape[-1]
-        rows = list(itertools.combinations_with_replacement(range(count), self.num))
-        return jnp.asarray(np.reshape(rows, (len(rows), self.num)), jnp.int32)
+        return vectors(self.log_weights.shape[-1], self.num, self.method)
 
 
-def _probability(method: str, weights: Any, index: Any) -> Any:
-    """Return the probability of a vector of ancestors that does not decrease."""
-    num = index.shape[0]
-    if method == "multinomial":
-        counts = jnp.bincount(index, length=weights.shape[0])
-        log_ways = gammaln(num + 1.0) - jnp.sum(gammaln(counts + 1.0))
-        drawn = jnp.prod(jnp.where(counts > 0, weights, 1.0) ** counts)
-        return jnp.exp(log_ways) * drawn
-    above = jnp.cumsum(weights)
-    below = jnp.concatenate([jnp.zeros(1, weights.dtype), above[:-1]])
-    first = jnp.clip(num * below[index] - jnp.arange(num), 0.0, 1.0)
-    last = jnp.clip(num * above[index] - jnp.arange(num), 0.0, 1.0)
-    if method == "systematic":
-        return jnp.maximum(jnp.min(last) - jnp.max(first), 0.0)
-    return jnp.prod(jnp.maximum(last - first, 0.0))
+def vectors(count: int, num: int, method: Method) -> Int[Array, "vectors num"]:
+    """Return all vectors of ancestors that a method can draw."""
+    if method == "killing":
+        rows = list(itertools.product(range(count), repeat=num))
+    else:
+        rows = list(itertools.combinations_with_replacement(range(count), num))
+    return jnp.asarray(np.reshape(rows, (len(rows), num)), jnp.int32)
 
 
-def check_method(method: Any) -> Method:
-    """Refuse an unknown method."""
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}, got {method!r}.")
+def check_method(method: Any, num: int, count: int) -> Method:
+    """Refuse an unknown method, and a number of ancestors that it cannot draw."""
+    if method not in SCHEMES:
+        names = list(map(repr, SCHEMES))
+        raise ValueError(f"method must be one of {', '.join(names[:-1])} or {names[-1]}, got {method!r}.")
+    if method == "killing" and num != count:
+        raise ValueError(f"killing draws as many ancestors as there are particles, {count}, not {num}.")
     return method

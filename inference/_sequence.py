@@ -14,8 +14,9 @@ from jax import lax
 
 from expectax.ppl import ControlFlowError, Model, Posterior, Program, _jax
 from expectax.ppl._cut import Cut, cut_at_scan
-from expectax.ppl._evaluate import evaluate
+from expectax.ppl._evaluate import Visitor, evaluate, without_positions
 from expectax.ppl._inline import inline_calls
+from expectax.ppl._masked import Masked
 from expectax.ppl._nested import Choices
 from expectax.ppl._staging import scalar, stage
 from expectax.ppl._table import has_sites, site_table
@@ -84,7 +85,8 @@ class Sequence(NamedTuple):
 
     def at(self, observations: Choices, time: Any) -> Choices:
         """Return the scan's observations at one step."""
-        return jax.tree.map(lambda x: jnp.asarray(x)[self.place(time)], self.observed(observations))
+        known = jax.tree.map(without_positions, self.observed(observations), is_leaf=lambda y: isinstance(y, Masked))
+        return jax.tree.map(lambda x: jnp.asarray(x)[self.place(time)], known)
 
     def before(self) -> list[Any]:
         """Run what stands before the scan, its choices left to the enclosing program; return a particle's first state."""
@@ -108,17 +110,21 @@ class Sequence(NamedTuple):
             found.append(value if n < num_consts + num_carry else jnp.asarray(value)[self.place(time)])
         return found
 
-    def step(self, state: list[Any], time: Any, given: Choices) -> Step:
+    def step(self, state: list[Any], time: Any, given: Choices, visitor: Visitor = rebinding) -> Step:
         """Do one step; choices that are not given are left to the enclosing program, those that are given weigh."""
         num_consts, num_carry = _jax.scan_sizes(self.cut.scan)
-        outcome = evaluate(self.body, self.inputs(state, time), rebinding, None, given)
+        outcome = evaluate(self.body, self.inputs(state, time), visitor, None, given)
         carry, outputs = outcome.outputs[:num_carry], outcome.outputs[num_carry:]
         return Step(self.moved(state, carry), outcome.choices, outputs, jnp.asarray(scalar(outcome.log_weight)))
 
+    def carry_place(self) -> tuple[int, int]:
+        """Return where the carry stands in a particle's state, and how many arrays it is."""
+        num_consts, num_carry = _jax.scan_sizes(self.cut.scan)
+        return sum(self.owned()[:num_consts]), num_carry
+
     def moved(self, state: list[Any], carry: list[Any]) -> list[Any]:
         """Return a state with a new carry."""
-        num_consts, num_carry = _jax.scan_sizes(self.cut.scan)
-        first = sum(self.owned()[:num_consts])
+        first, num_carry = self.carry_place()
         return [*state[:first], *carry, *state[first + num_carry :]]
 
 

@@ -278,7 +278,7 @@ def _scan(eqn: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, An
     consts, carry, xs = values[:num_consts], values[num_consts:cut], values[cut:]
     # where nothing is given an address may occur twice: in the draws of an estimated density
     here = {address: given[address] for address in site_table(body) if address in given} if given else {}
-    here = jax.tree.map(_without_positions, here, is_leaf=lambda g: isinstance(g, Masked))
+    here = jax.tree.map(without_positions, here, is_leaf=lambda g: isinstance(g, Masked))
     plan = None if key is None else plan_of(body, here)
     step_noise, of_step = (None, lambda _: None) if plan is None else drawn_for_steps(plan, key, length)
 
@@ -297,7 +297,7 @@ def _scan(eqn: Any, values: Any, visitor: Visitor, key: Any, given: dict[str, An
     )
 
 
-def _without_positions(given: Any) -> Any:
+def without_positions(given: Any) -> Any:
     """Return what is given without the flat positions of missing elements, which are those of all steps."""
     return Masked(given.value, given.mask) if isinstance(given, Masked) else given
 

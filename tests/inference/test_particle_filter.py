@@ -287,7 +287,7 @@ def test_impossible_arguments_are_refused():
     for name, value in {"num_particles": 0, "ess_threshold": 1.5}.items():
         with pytest.raises(ValueError, match=f"{name}.*got .*{value}"):
             inference.particle_filter(HMM.posterior(*HMM.one(0)), key=KEY, **{"num_particles": 4, name: value})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="got 'residual'"):
-        run_hmm(0.5, method="residual")
+    with pytest.raises(ValueError, match="got 'best'"):
+        run_hmm(0.5, method="best")
     with pytest.raises(TypeError, match="typed key"):
         run_hmm(0.5, key=jax.random.PRNGKey(0))

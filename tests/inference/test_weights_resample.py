@@ -1,5 +1,7 @@
 """Log weights against numpy, and resampling: exact expected counts, no particle without weight, laws by chi-square."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,7 +213,138 @@ def test_no_weightless_particle_among_a_million(method):
 
 def test_errors():
     w = jnp.zeros(3)
+<<<<<<< HEAD
     with pytest.raises(ValueError, match="method must be one of .*'multinomial', got 'resid'"):
         inference.ancestors(KEY, w, method="resid")  # pyright: ignore[reportArgumentType]
+=======
+    with pytest.raises(ValueError, match="'ssp' or 'killing', got 'best'"):
+        inference.ancestors(KEY, w, method="best")  # pyright: ignore[reportArgumentType]
+>>>>>>> e702620ace13a47ee9ccbbbaaffe54ce71389f8f
     with pytest.raises(TypeError, match="typed key"):
         inference.ancestors(jax.random.PRNGKey(0), w)
+
+
+# --- resampling: the laws that are enumerated -------------------------------------------------------------------------
+
+ALL = ("systematic", "stratified", "multinomial", "residual", "ssp", "killing")
+CONDITIONAL = ("multinomial", "systematic", "stratified", "residual", "killing")
+
+
+positive_or_not = st.lists(st.just(-np.inf) | st.floats(-8, 4), min_size=3, max_size=3)
+several_weights = st.lists(positive_or_not.filter(lambda w: np.isfinite(w).any()), min_size=8, max_size=8)
+
+
+@settings(derandomize=True, max_examples=12, deadline=None)
+@given(several_weights)
+@pytest.mark.parametrize("method", ALL)
+def test_the_law_is_unbiased_whatever_the_weights(method, rows):
+    """Probabilities sum to one and E[counts] = M W exactly; counts of systematic and SSP are within one of M W."""
+    with jax.enable_x64(True):
+        for num in (3,) if method == "killing" else (1, 4):
+            first = inference.Ancestors(jnp.zeros(3), num, method)
+            support = first.enumerate_support()
+            log_prob = _log_prob(method, num)
+            for w in rows:
+                weights = np.exp(np.array(w) - special.logsumexp(w))
+                probabilities = np.exp(np.asarray(log_prob(jnp.asarray(w), support)))
+                counts = (np.asarray(support)[..., None] == np.arange(3)).sum(1)
+                np.testing.assert_allclose(probabilities.sum(), 1.0, atol=1e-12)
+                np.testing.assert_allclose(probabilities @ counts, num * weights, atol=1e-12)
+                assert (counts[probabilities > 0][:, weights == 0] == 0).all()
+                if method in ("systematic", "ssp"):
+                    assert (np.abs(counts - num * weights)[probabilities > 1e-10] < 1 + 1e-9).all()
+
+
+@functools.cache
+def _log_prob(method, num):
+    return jax.jit(lambda w, support: inference.Ancestors(w, num, method).log_prob(support))
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), log_weights.filter(lambda w: np.isfinite(w).any()))
+@pytest.mark.parametrize("method", ALL)
+def test_draws_keep_to_their_bounds(method, seed, w):
+    """N = 1, one-hot, zero and -inf weights: no particle without weight, counts within their bounds."""
+    with jax.enable_x64(True):
+        draw = _draw(method, len(w))
+        index = np.asarray(draw(jax.random.key(seed), jnp.asarray(w)))
+    weights, n = special.softmax(w), len(w)
+    counts = np.bincount(index, minlength=n)
+    assert counts.sum() == n and (counts[~np.isfinite(w)] == 0).all()
+    if method in ("systematic", "ssp"):
+        assert (np.abs(counts - n * weights) < 1 + 1e-9).all()
+    if method == "residual":
+        assert (counts >= np.floor(n * weights - 1e-9)).all()
+    if method == "killing":
+        best = np.argmax(w)
+        assert index[best] == best
+
+
+@functools.cache
+def _draw(method, _):
+    return jax.jit(lambda key, w: inference.ancestors(key, w, method=method))
+
+
+CASES = ([0.1, 0.35, 0.3, 0.25], [0.0, 0.6, 0.4, 0.0], [0.25, 0.25, 0.5, 0.0], [0.05, 0.0, 0.05, 0.9])
+
+
+def check_by_chi_square(law, draws_of):
+    """Compare draws with the enumerated law, vector by vector."""
+    support = np.asarray(law.enumerate_support())
+    probabilities = np.exp(np.asarray(law.log_prob(support)))
+    np.testing.assert_allclose(probabilities.sum(), 1.0, atol=1e-12)
+    code = lambda rows: rows @ 4 ** np.arange(rows.shape[1])  # noqa: E731
+
+    def p_value(key, n):
+        drawn = np.asarray(draws_of(jax.random.split(key, n)))
+        seen = np.bincount(code(drawn), minlength=4 ** drawn.shape[1])[code(support)]
+        possible = probabilities > 1e-12
+        assert seen[possible].sum() == n
+        if possible.sum() == 1:
+            return 1.0
+        return stats.chisquare(seen[possible], n * probabilities[possible] / probabilities[possible].sum()).pvalue
+
+    two_stage(p_value, KEY, 10_000)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_draws_have_the_enumerated_law(x64, method):
+    for weights in CASES:
+        law = inference.Ancestors(jnp.log(jnp.array(weights)), method=method)
+        check_by_chi_square(law, jax.jit(jax.vmap(law.sample)))
+
+
+@pytest.mark.parametrize("method", CONDITIONAL)
+def test_conditional_draws_have_the_enumerated_law(x64, method):
+    """And the law is the plain one, given that a uniformly chosen copy is the reference."""
+    for weights in CASES:
+        plain = inference.Ancestors(jnp.log(jnp.array(weights)), method=method)
+        draw = jax.jit(
+            jax.vmap(
+                lambda key, i, w=weights: inference.ConditionalAncestors(jnp.log(jnp.array(w)), i, method).sample(key),
+                in_axes=(0, None),
+            )
+        )
+        for reference in np.flatnonzero(weights):
+            law = inference.ConditionalAncestors(jnp.log(jnp.array(weights)), reference, method)
+            check_by_chi_square(law, lambda keys, i=reference, d=draw: d(keys, i))
+            support = np.asarray(law.enumerate_support())
+            own = support[np.arange(len(support)), support[:, -1]] == reference
+            expected = np.exp(np.asarray(plain.log_prob(support[:, :-1]))) * own / (4 * weights[reference])
+            np.testing.assert_allclose(np.exp(np.asarray(law.log_prob(support))), expected, atol=1e-13)
+
+
+def test_long_vectors_take_the_other_sums(x64):
+    """Above 4096 the running sums are associative scans: the counts stay within one of M W, and match the short form."""
+    n = 6000
+    w = jnp.where(jax.random.bernoulli(KEY, 0.7, (n,)), jax.random.normal(KEY, (n,)), -jnp.inf)
+    weights = special.softmax(np.asarray(w))
+    for method in ("systematic", "ssp", "residual", "stratified"):
+        counts = np.bincount(np.asarray(inference.ancestors(KEY, w, method=method)), minlength=n)
+        assert counts.sum() == n and (counts[weights == 0] == 0).all()
+        assert (np.abs(counts - n * weights) < (1 + 1e-6 if method in ("systematic", "ssp") else 12)).all()
+
+
+def test_killing_needs_as_many_ancestors_as_particles():
+    with pytest.raises(ValueError, match="as many ancestors as there are particles, 3, not 4"):
+        inference.ancestors(KEY, jnp.zeros(3), 4, "killing")
