@@ -33,11 +33,14 @@ from ._population import reweight as reweight
 from ._population import spawn as spawn
 from ._pseudo_marginal import PseudoMarginal as PseudoMarginal
 from ._pseudo_marginal import pseudo_marginal as pseudo_marginal
+from ._sampled import Sampled as Sampled
+from ._sampled import Schedule as Schedule
 from ._summary import Row as Row
 from ._summary import Summary as Summary
 from ._summary import summarize as summarize
 from ._target import Flat as Flat
 from ._target import Target as Target
+from ._tempered import tempered as tempered
 from ._valid import assert_valid as assert_valid
 from ._weights import effective_sample_size as effective_sample_size
 from ._weights import log_mean_exp as log_mean_exp
