@@ -99,8 +99,8 @@ def _annealed(path: Path, kernel: Kernel, num_particles: int, num_moves: int, sc
         change, beta, own = inputs
         log_weights = log_weights + powered(change, log_ratio)
         after = moved(kernel, path.at(beta), latents, start if given is None else own, num_moves)
-        log_ratio = jax.vmap(path.log_ratio)(after.last)
-        return (after.last, log_ratio, log_weights), (log_weights, after.acceptance_rate)
+        log_ratio = jax.vmap(path.log_ratio)(after.latents)
+        return (after.latents, log_ratio, log_weights), (log_weights, after.acceptance_rate)
 
     inputs = (changes[:-1], betas[:-1], jax.tree.map(lambda x: x[:-1], given))
     carry = (latents, log_ratio, jnp.zeros_like(log_ratio))

@@ -15,43 +15,45 @@ from ._kernel import Kernel
 from ._target import Target
 from ._weights import normalized_weights
 
-_GAIN = 2.0
+_GAIN = 1.0
 """How far an acceptance rate that is off by 1 moves the log step size."""
 
 
 class Moved(NamedTuple):
-    """Particles after each move, moves second, and the mean acceptance rate."""
+    """Particles after the last move or (moves first) after each, the mean acceptance rate, and the last parameters."""
 
-    path: Choices
+    latents: Choices
     acceptance_rate: Float[Array, ""]
-
-    @property
-    def last(self) -> Choices:
-        """The particles after the last move."""
-        return jax.tree.map(lambda x: x[:, -1], self.path)
+    parameters: Any
 
 
 def moved(
-    kernel: Kernel, target: Target, latents: Choices, parameters: Any, num_moves: int, *, every: bool = False
+    kernel: Kernel,
+    target: Target,
+    latents: Choices,
+    parameters: Any,
+    num_moves: int,
+    *,
+    every: bool = False,
+    tuned: bool = False,
 ) -> Moved:
-    """Move every particle `num_moves` times; keep the last latents, or `every` one; a keyless program."""
+    """Move every particle `num_moves` times, tuning the step size after each move if asked; a keyless program."""
 
-    def particle(latents: Choices) -> tuple[Choices, Any]:
-        def kept(state: Any) -> Choices:
-            found = kernel.latents(target, state.position)
-            return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), found, latents)
+    def latents_of(states: Any) -> Choices:
+        found = jax.vmap(lambda x: kernel.latents(target, x))(states.position)
+        return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), found, latents)
 
-        def step(state: Any, _: Any) -> tuple[Any, Any]:
-            after, info = kernel.step(target, state, parameters)
-            state = jax.tree.map(lambda new, old: jnp.asarray(new, jnp.result_type(old)), after, state)
-            return state, (kept(state) if every else None, jnp.asarray(info.acceptance_rate, jnp.result_type(float)))
+    def move(carry: Any, _: Any) -> tuple[Any, Any]:
+        states, parameters = carry
+        after, info = jax.vmap(lambda state: kernel.step(target, state, parameters))(states)
+        states = jax.tree.map(lambda new, old: jnp.asarray(new, jnp.result_type(old)), after, states)
+        rate = jnp.mean(jnp.asarray(info.acceptance_rate, jnp.result_type(float)))
+        parameters = with_step_towards(parameters, kernel, rate) if tuned else parameters
+        return (states, parameters), (latents_of(states) if every else None, rate)
 
-        state, (path, rates) = lax.scan(step, kernel.init(target, latents), None, length=num_moves)
-        path = path if every else jax.tree.map(lambda x: x[None], kept(state))
-        return path, jnp.nanmean(rates)
-
-    path, rates = jax.vmap(particle)(latents)
-    return Moved(path, jnp.mean(rates))
+    start = (jax.vmap(lambda z: kernel.init(target, z))(latents), parameters)
+    (states, parameters), (path, rates) = lax.scan(move, start, None, length=num_moves)
+    return Moved(path if every else latents_of(states), jnp.mean(rates), parameters)
 
 
 def unadapted(kernel: Kernel, target: Target, latents: Choices) -> Any:
@@ -84,7 +86,7 @@ def with_shape_of(parameters: Any, target: Target, latents: Choices, log_weights
 
 
 def with_step_towards(parameters: Any, kernel: Kernel, acceptance_rate: Float[Array, ""]) -> Any:
-    r"""Return parameters for the next temperature: $\log \epsilon' = \log \epsilon + 2 (a - a^*)$ (Robbins and Monro 1951)."""
+    r"""Return parameters for the next move: $\log \epsilon' = \log \epsilon + a - a^*$ (Robbins and Monro 1951)."""
     aim = getattr(kernel, "target_acceptance", None)
     if aim is None or not (isinstance(parameters, dict) and "step_size" in parameters):
         return parameters

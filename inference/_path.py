@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from expectax.ppl import DistributionError, Posterior, Program, ShapeError, _jax
 from expectax.ppl._evaluate import Unweighed
+from expectax.ppl._keyless import random_key
 from expectax.ppl._marginalize import marginal_p
 from expectax.ppl._masked import Masked
 from expectax.ppl._match import check_guide
@@ -49,8 +50,16 @@ class Path(eqx.Module):
                     )
         return cls(posterior, proposal)
 
+    @property
+    def _sums(self) -> bool:
+        """Tell whether the program sums over choices, so that its density is no product over sites."""
+        return _jax.contains(_jax.close(stage(self.posterior.program).jaxpr)[0], marginal_p, stochastic_p)
+
     def draw(self) -> tuple[Choices, Float[Array, ""]]:
         r"""Draw latents from $r$, with $\log \gamma(z) / r(z)$; a keyless program."""
+        if self.proposal is None and self._sums:
+            trace, log_weight = self.posterior.generate(random_key())  # it has no sites to leave to the run around it
+            return self.posterior.latents(trace.choices), log_weight
         if self.proposal is None:
             outcome = self.posterior.program.rebind(self.posterior.observations)
             return self.posterior.latents(outcome.choices), outcome.log_weight
@@ -72,13 +81,12 @@ class Path(eqx.Module):
         what sums over hidden choices has no such program, and is corrected afterwards.
         """
         program, proposal = self.posterior.program, self.proposal
-        staged = stage(program)
-        if _jax.contains(_jax.close(staged.jaxpr)[0], marginal_p, stochastic_p):
+        if self._sums:
             return Target(self.posterior, lambda z: _finite(-(1.0 - beta) * self.log_ratio(z)))
         observed = dict(leaves_of(self.posterior.observations))
         powers = nested(
             (path, jnp.broadcast_to(beta, entry.elements))
-            for path, entry in leaves_of(staged.table)
+            for path, entry in leaves_of(stage(program).table)
             if entry.kind == "observed" or path in observed or (entry.kind == "choice" and proposal is not None)
         )
         powered = Posterior(_scale(program, powers), self.posterior.observations)

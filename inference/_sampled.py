@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from expectax.ppl import NonFiniteError, Posterior, _jax
 
@@ -73,9 +73,9 @@ class Sampled(eqx.Module):
         r"""Standard error of $\log \hat Z$ by the delta method, from this one run.
 
         With $S_e$ the share of the last weights that descends from the first particle $e$, the relative variance is
-        estimated by $1 - \prod_p \frac{n_p}{n_p - 1} (1 - \sum_e S_e^2)$, $n_p$ being the number of particles before each
-        reweighting (Lee and Whiteley 2018). It is unbiased for multinomial resampling, and says too much for the others,
-        which add less noise.
+        estimated by $1 - \prod_p c_p (1 - \sum_e S_e^2)$ (Lee and Whiteley 2018). For multinomial resampling $c_p = n / (n -
+        1)$, and the variance of $\hat Z$ is estimated without bias; for the other methods $c_p$ follows from the variance
+        of an ancestor's number of descendants. Few first particles must have descendants left, or it says nothing.
         """
         return jnp.sqrt(jnp.maximum(self.log_evidence_variance, 0.0))
 
@@ -98,12 +98,6 @@ class Sampled(eqx.Module):
         an earlier run is unbiased, given that run and so over both.
         """
         return Schedule(self.temperatures, self.parameters)
-
-
-def lineage_variance(weights: Float[Array, " n"], eves: Int[Array, " n"], inflation: Any) -> Float[Array, ""]:
-    """Return Lee and Whiteley's estimate of the relative variance of the evidence; `inflation` is their product."""
-    shares = jax.ops.segment_sum(weights, eves, num_segments=weights.shape[0])
-    return 1.0 - inflation * (1.0 - jnp.sum(shares**2))
 
 
 def check_sampled(sampled: Sampled, posterior: Posterior, what: str) -> Sampled:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from expectax.ppl import Posterior, Program, _jax, sample
 from expectax.ppl._compile import compiled
@@ -24,10 +24,11 @@ from expectax.ppl._staging import check_key
 
 from ._ancestors import Ancestors, Method, check_method
 from ._kernel import Kernel, check_kernel_value
-from ._moves import moved, start_parameters, tunable, unadapted, with_shape_of, with_step_towards
+from ._lineage import Lineage
+from ._moves import moved, start_parameters, tunable, unadapted, with_shape_of
 from ._particles import Particles
 from ._path import Path, powered
-from ._sampled import Sampled, Schedule, check_sampled, lineage_variance
+from ._sampled import Sampled, Schedule, check_sampled
 from ._temperatures import next_temperature, schedule_of, warn_cut
 from ._weights import effective_sample_size, log_mean_exp, normalized_weights
 
@@ -150,17 +151,13 @@ def check_settings(
 
 
 class Cloud(NamedTuple):
-    r"""Equally weighted particles of one temperature.
-
-    `eves` are the first particles that they descend from, `inflation` the product of $n_p / (n_p - 1)$ so far.
-    """
+    """Equally weighted particles of one temperature."""
 
     latents: Choices
     log_ratio: Float[Array, " n"]
-    eves: Int[Array, " n"]
+    lineage: Lineage
     beta: Float[Array, ""]
     log_evidence: Float[Array, ""]
-    inflation: Float[Array, ""]
 
 
 class Record(NamedTuple):
@@ -178,12 +175,7 @@ def first_cloud(path: Path, num_particles: int) -> Cloud:
     """Draw the first particles; a keyless program."""
     latents, log_ratio = jax.vmap(lambda _: path.draw())(jnp.arange(num_particles))
     zero = jnp.zeros((), log_ratio.dtype)
-    return Cloud(latents, log_ratio, jnp.arange(num_particles), zero, zero, inflated(zero + 1.0, num_particles))
-
-
-def inflated(inflation: Any, count: int) -> Any:
-    """Return the product with one more generation of particles."""
-    return inflation * (count / (count - 1) if count > 1 else jnp.inf)
+    return Cloud(latents, log_ratio, Lineage.of(num_particles, log_ratio.dtype), zero, zero)
 
 
 def to_temperature(
@@ -192,29 +184,25 @@ def to_temperature(
     """Weigh, resample and move: one step of the sampler, a keyless program."""
     log_weights = powered(beta - cloud.beta, cloud.log_ratio)
     log_evidence = cloud.log_evidence + log_mean_exp(log_weights)
-    variance = lineage_variance(normalized_weights(log_weights), cloud.eves, cloud.inflation)
+    weights = normalized_weights(log_weights)
     target = path.at(beta)
     if tuned:
         parameters = with_shape_of(parameters, target, cloud.latents, log_weights)
     index = sample("ancestors", Ancestors(log_weights, settings.num_chains, settings.method))
     chosen = jax.tree.map(lambda x: x[index], cloud.latents)
-    after = moved(kernel, target, chosen, parameters, settings.num_moves, every=settings.waste_free)
-    eves, inflation = cloud.eves[index], inflated(cloud.inflation, settings.num_chains)
-    if settings.waste_free:
-        latents = jax.tree.map(_joined, chosen, after.path)
-        eves = jnp.concatenate([eves, jnp.repeat(eves, settings.num_moves)])
-    else:
-        latents = after.last
+    after = moved(kernel, target, chosen, parameters, settings.num_moves, every=settings.waste_free, tuned=tuned)
+    latents = jax.tree.map(_joined, chosen, after.latents) if settings.waste_free else after.latents
+    lineage = cloud.lineage.resampled(weights, index, settings.method, settings.num_particles // settings.num_chains)
     log_ratio = jax.vmap(path.log_ratio)(latents)
-    record = Record(
-        beta, effective_sample_size(log_weights), log_evidence, after.acceptance_rate, parameters, variance
-    )
-    return Cloud(latents, log_ratio, eves, jnp.asarray(beta), log_evidence, inflation), record
+    ess, variance = effective_sample_size(log_weights), cloud.lineage.variance(weights)
+    record = Record(beta, ess, log_evidence, after.acceptance_rate, after.parameters, variance)
+    return Cloud(latents, log_ratio, lineage, jnp.asarray(beta), log_evidence), record
 
 
 def _joined(first: Any, path: Any) -> Any:
-    """Return the particles before and after each move as one population."""
-    return jnp.concatenate([first, jnp.reshape(path, (-1, *path.shape[2:]))])
+    """Return the particles before and after each move as one population, chain by chain."""
+    chains = jnp.concatenate([first[:, None], jnp.moveaxis(path, 0, 1)], axis=1)
+    return jnp.reshape(chains, (-1, *chains.shape[2:]))
 
 
 def _fixed(path: Path, kernel: Kernel, settings: Settings, schedule: Schedule) -> Sampled:
@@ -229,9 +217,7 @@ def _fixed(path: Path, kernel: Kernel, settings: Settings, schedule: Schedule) -
         (cloud, parameters), (beta, own) = carry, inputs
         parameters = parameters if given is None else own
         cloud, record = to_temperature(path, kernel, settings, cloud, beta, parameters, tuned)
-        if tuned:
-            parameters = with_step_towards(record.parameters, kernel, record.acceptance_rate)
-        return (cloud, parameters), record
+        return (cloud, record.parameters), record
 
     first = start_parameters(start, _size(path)) if tuned else start
     (cloud, _), records = lax.scan(step, (cloud, first), (betas, given))
@@ -273,23 +259,21 @@ def _adaptive(
     if parameters is None:
         parameters = start_parameters(start, _size(path)) if tuned else start
 
-    def one(key: Any, count: Any, cloud: Cloud, parameters: Any) -> tuple[Cloud, Any, Record]:
+    def one(key: Any, count: Any, cloud: Cloud, parameters: Any) -> tuple[Cloud, Record]:
         beta = next_temperature(cloud.log_ratio, cloud.beta, target_ess)
         beta = jnp.where(count == most - 1, 1.0, beta)
         run = lambda: to_temperature(path, kernel, settings, cloud, beta, parameters, tuned)  # noqa: E731
-        cloud, record = keyed(run)(key)
-        after = with_step_towards(record.parameters, kernel, record.acceptance_rate) if tuned else parameters
-        return cloud, after, record
+        return keyed(run)(key)
 
-    shapes = jax.eval_shape(one, key_run, 0, cloud, parameters)[2]
+    shapes = jax.eval_shape(one, key_run, 0, cloud, parameters)[1]
     records = jax.tree.map(lambda s: jnp.zeros((most, *s.shape), s.dtype), shapes)
 
     def step(carry: Any) -> Any:
         key, count, cloud, parameters, records = carry
         key, own = jax.random.split(key)
-        cloud, parameters, record = one(own, count, cloud, parameters)
+        cloud, record = one(own, count, cloud, parameters)
         records = jax.tree.map(lambda all, new: all.at[count].set(new), records, record)
-        return key, count + 1, cloud, parameters, records
+        return key, count + 1, cloud, record.parameters, records
 
     start = (key_run, jnp.zeros((), int), cloud, parameters, records)
     _, count, cloud, _, records = lax.while_loop(lambda carry: carry[2].beta < 1.0, step, start)
