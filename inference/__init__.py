@@ -27,6 +27,7 @@ from ._mcmc import mcmc as mcmc
 from ._particle_filter import Filtered as Filtered
 from ._particle_filter import particle_filter as particle_filter
 from ._particles import Particles as Particles
+from ._persistent import persistent as persistent
 from ._population import Population as Population
 from ._population import advance as advance
 from ._population import extend as extend
@@ -38,6 +39,8 @@ from ._pseudo_marginal import PseudoMarginal as PseudoMarginal
 from ._pseudo_marginal import pseudo_marginal as pseudo_marginal
 from ._sampled import Sampled as Sampled
 from ._sampled import Schedule as Schedule
+from ._smc_over import data_tempered as data_tempered
+from ._smc_over import smc_over as smc_over
 from ._summary import Row as Row
 from ._summary import Summary as Summary
 from ._summary import summarize as summarize

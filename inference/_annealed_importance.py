@@ -114,6 +114,7 @@ def _annealed(path: Path, kernel: Kernel, num_particles: int, num_moves: int, sc
         jax.vmap(effective_sample_size)(every),
         jax.vmap(log_mean_exp)(every),
         jnp.append(rates, jnp.nan),
+        jnp.zeros(betas.shape, bool),
         given if given is not None else jax.tree.map(lambda x: jnp.broadcast_to(x, (betas.size, *jnp.shape(x))), start),
         jnp.var(relative, ddof=1) / num_particles,
         unbiased=True,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
+from numpyro import distributions as dist
 
 from expectax.ppl import AddressError, Posterior, Program, ShapeError, SupportError, _jax
 from expectax.ppl._keyless import keyed
@@ -89,6 +90,9 @@ def change(
     refuse_missing(posterior, "change")
     if check and transform is not None and inverse is None:
         raise ValueError("change(check=True) needs the inverse of the transform: inverse=lambda new, l: (latents, k).")
+    if transform is not None:
+        _refuse_shapes(population.posterior)
+        _refuse_shapes(posterior)
     move = _Move(population.posterior, posterior, forward, backward, transform, inverse)
     latents, change, error = jax.vmap(move.run)(population.latents)
     if check:
@@ -119,8 +123,7 @@ def check_change(
         key: a typed key.
 
     Raises:
-        AssertionError: a particle does not come back (the worst address is named), or the backward program cannot draw
-            what would undo a move that the forward program made.
+        AssertionError: a particle does not come back (the worst address is named), or a weight is nan.
 
     Example:
         >>> import jax, expectax as ex
@@ -150,6 +153,20 @@ def check_change(
     before = np.asarray(jax.vmap(move.before.log_density_inside)(population.latents))
     if np.any(np.isnan(found) & np.isfinite(before)):
         raise AssertionError("change: a weight is nan; the densities or the Jacobian are not finite there.")
+
+
+def _refuse_shapes(posterior: Posterior) -> None:
+    """Refuse latents with fewer dimensions than numbers: a Jacobian in those numbers has no determinant."""
+    for path, entry in leaves_of(posterior.latent_sites()):
+        support = entry.site.support
+        if support is None or support.is_discrete or support.event_dim == 0:
+            continue
+        shape = entry.site.shape
+        if np.prod(dist.biject_to(support).inverse_shape(shape)) != np.prod(shape):
+            raise SupportError(
+                f"change: {path!r} at {entry.site.where} has the support {support}, of fewer dimensions than numbers, which a "
+                "transform cannot move. Move it without a transform, or write the model with unconstrained latents."
+            )
 
 
 def _tolerance() -> float:

@@ -8,9 +8,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from expectax.ppl import DistributionError, Posterior, Program, ShapeError, _jax
+from expectax.ppl import ControlFlowError, DistributionError, Posterior, Program, ShapeError, _jax
 from expectax.ppl._evaluate import Unweighed
-from expectax.ppl._keyless import random_key
 from expectax.ppl._marginalize import marginal_p
 from expectax.ppl._masked import Masked
 from expectax.ppl._match import check_guide
@@ -48,7 +47,13 @@ class Path(eqx.Module):
                         f"{what}: the density of {path!r} at {entry.site.where} is only estimated, but a temperature needs "
                         "its powers, and a kernel its values again and again. Use importance."
                     )
-        return cls(posterior, proposal)
+        path = cls(posterior, proposal)
+        if proposal is None and path._sums:
+            raise ControlFlowError(
+                f"{what}: the model sums over choices, so that its prior has no density apart from its data's. Give a "
+                "proposal: a bound program whose sites are the latents."
+            )
+        return path
 
     @property
     def _sums(self) -> bool:
@@ -57,9 +62,6 @@ class Path(eqx.Module):
 
     def draw(self) -> tuple[Choices, Float[Array, ""]]:
         r"""Draw latents from $r$, with $\log \gamma(z) / r(z)$; a keyless program."""
-        if self.proposal is None and self._sums:
-            trace, log_weight = self.posterior.generate(random_key())  # it has no sites to leave to the run around it
-            return self.posterior.latents(trace.choices), log_weight
         if self.proposal is None:
             outcome = self.posterior.program.rebind(self.posterior.observations)
             return self.posterior.latents(outcome.choices), outcome.log_weight

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from expectax.ppl import NonFiniteError, Posterior, _jax
 
@@ -25,10 +25,12 @@ class Schedule(eqx.Module):
     Attributes:
         temperatures: $0 < \beta_1 \le \dots \le \beta_K = 1$.
         parameters: of the kernel, temperatures first; None for parameters that are fixed by the run itself.
+        resampled: at which steps particles are resampled and moved; None for all.
     """
 
     temperatures: Float[Array, " K"]
     parameters: Any = None
+    resampled: Bool[Array, " K"] | None = None
 
 
 class Sampled(eqx.Module):
@@ -39,10 +41,11 @@ class Sampled(eqx.Module):
     Attributes:
         particles: of the last target; their evidence is the product of all steps.
         temperatures: $\beta_1, \dots, \beta_K = 1$; of a sequence of posteriors 1 throughout.
-        ess: of each step, the conditional effective sample size of its reweighting, $n (\sum_i W_i u_i)^2 / \sum_i W_i
-            u_i^2$ (Zhou, Johansen and Aston 2016): at most $n$.
+        ess: of each step, the effective sample size after its reweighting; where each step resamples, that is the
+            conditional one of Zhou, Johansen and Aston 2016.
         log_evidences: of each step, $\log \hat Z_k$.
         acceptance_rate: of each step, the mean of its moves; nan where there were none.
+        resampled: at which steps particles were resampled and moved.
         parameters: of the kernel at each step, steps first.
         log_evidence_variance: an estimate, from this one run, of the relative variance of $\hat Z$ (see
             `log_evidence_standard_error`); nan where there is none.
@@ -54,6 +57,7 @@ class Sampled(eqx.Module):
     ess: Float[Array, " K"]
     log_evidences: Float[Array, " K"]
     acceptance_rate: Float[Array, " K"]
+    resampled: Bool[Array, " K"]
     parameters: Any
     log_evidence_variance: Float[Array, ""]
     unbiased: bool = eqx.field(static=True)
@@ -92,12 +96,12 @@ class Sampled(eqx.Module):
         return self.particles.sd()
 
     def freeze_schedule(self) -> Schedule:
-        r"""Return the temperatures and kernel parameters of this run, to fix those of another with a new key.
+        r"""Return this run's temperatures, parameters and steps of resampling, to fix those of another with a new key.
 
         A run whose schedule depends on its own particles is consistent, but $E[\hat Z] \ne Z$; one with the schedule of
         an earlier run is unbiased, given that run and so over both.
         """
-        return Schedule(self.temperatures, self.parameters)
+        return Schedule(self.temperatures, self.parameters, self.resampled)
 
 
 def check_sampled(sampled: Sampled, posterior: Posterior, what: str) -> Sampled:

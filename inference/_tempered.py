@@ -219,13 +219,14 @@ def _fixed(path: Path, kernel: Kernel, settings: Settings, schedule: Schedule) -
         cloud, record = to_temperature(path, kernel, settings, cloud, beta, parameters, tuned)
         return (cloud, record.parameters), record
 
-    first = start_parameters(start, _size(path)) if tuned else start
+    first = start_parameters(start, size_of(path.posterior)) if tuned else start
     (cloud, _), records = lax.scan(step, (cloud, first), (betas, given))
     return _result(cloud, records, records.variance[-1], unbiased=not tuned)
 
 
-def _size(path: Path) -> int:
-    return sum(int(np.prod(s.shape)) for s in jax.tree.leaves(path.posterior.latent_shapes))
+def size_of(posterior: Posterior) -> int:
+    """Return how many numbers the latents are."""
+    return sum(int(np.prod(s.shape)) for s in jax.tree.leaves(posterior.latent_shapes))
 
 
 @compiled
@@ -241,6 +242,7 @@ def _result(cloud: Cloud, records: Record, variance: Any, unbiased: bool) -> Sam
         records.ess,
         records.log_evidence,
         records.acceptance_rate,
+        jnp.ones_like(records.temperature, bool),
         records.parameters,
         variance,
         unbiased,
@@ -257,7 +259,7 @@ def _adaptive(
     start = unadapted(kernel, path.at(jnp.ones_like(cloud.beta)), cloud.latents)
     tuned = parameters is None and tunable(start)
     if parameters is None:
-        parameters = start_parameters(start, _size(path)) if tuned else start
+        parameters = start_parameters(start, size_of(path.posterior)) if tuned else start
 
     def one(key: Any, count: Any, cloud: Cloud, parameters: Any) -> tuple[Cloud, Record]:
         beta = next_temperature(cloud.log_ratio, cloud.beta, target_ess)
@@ -284,6 +286,6 @@ def _adaptive(
 
 def _first_steps(sampled: Sampled, count: int) -> Sampled:
     """Leave out what the adaptive schedule did not use; by numpy, which compiles nothing."""
-    where = lambda s: (s.temperatures, s.ess, s.log_evidences, s.acceptance_rate, s.parameters)  # noqa: E731
+    where = lambda s: (s.temperatures, s.ess, s.log_evidences, s.acceptance_rate, s.resampled, s.parameters)  # noqa: E731
     kept = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[:count]), where(sampled))
     return eqx.tree_at(where, sampled, kept, is_leaf=lambda x: x is sampled.parameters)

@@ -134,11 +134,11 @@ def clusters_guide():
 
 
 RICH = {"y": jnp.array([0.1, 0.9, -1.4]), "w": jnp.array([0.3, -0.2, 1.0]), "v": 0.4}
+SUMMED = lambda: ex.marginalize_discrete(clusters()).given({"y": jnp.array([1.0, -0.8, 1.3])})  # noqa: E731
 PATHS = {
     "prior": lambda: (rich(1.2).given(RICH), None),
     "guide": lambda: (rich(1.2).given(RICH), rich_guide()),
-    "summed out": lambda: (ex.marginalize_discrete(clusters()).given({"y": jnp.array([1.0, -0.8, 1.3])}), None),
-    "summed out, guide": lambda: (PATHS["summed out"]()[0], clusters_guide()),
+    "summed out": lambda: (SUMMED(), clusters_guide()),
 }
 
 
@@ -278,7 +278,7 @@ def test_the_effective_sample_size_is_met(name, target):
     )
     assert not found.unbiased and found.temperatures[-1] == 1.0 and np.all(np.diff(found.temperatures) > 0)
     share = np.asarray(found.ess) / 2000 / target
-    assert len(share) > 2 and share[-1] >= 0.99
+    assert len(share) > 1 and share[-1] >= 0.99
     first = 0
     if name == "impossible at first":
         assert 0.08 < share[0] < 0.12
@@ -411,6 +411,8 @@ def test_settings_that_do_not_fit():
         inference.annealed_importance(posterior, HMC, key=KEY, num_particles=3, temperatures=None)
     with pytest.raises(TypeError, match="kernel"):
         inference.tempered(posterior, inference.hmc, key=KEY, num_particles=8)
+    with pytest.raises(ex.ppl.ControlFlowError, match="Give a proposal"):
+        inference.tempered(SUMMED(), HMC, key=KEY, num_particles=8)
     with pytest.raises(ex.ppl.AddressError, match="rate"):
         run(proposal=three_guide([0.5, 0.5]))
 
@@ -419,3 +421,38 @@ def test_what_cannot_be_explained_is_no_result():
     posterior = narrow_support().given({"y": 5.0, "x": 1.0})
     with pytest.raises(ex.ppl.NonFiniteError, match="'y'"):
         inference.tempered(posterior, HMC, key=KEY, num_particles=8)
+
+
+# --- persistent sampling ------------------------------------------------------------------------------------------------
+
+
+def test_persistent_weights_are_nearly_right(x64):
+    """Exact with one temperature; with two the bias of n = 2 particles is seen by enumeration, and small."""
+    posterior = coin(0.4).given({"y": 0.9})
+    densities = np.exp([float(posterior.log_density({"z": z})) for z in (0, 1)])
+
+    def masses(n, temperatures):
+        found = inference.persistent(posterior, Flip("z"), num_particles=n, temperatures=temperatures, num_moves=1)
+        assert found.unbiased == (len(temperatures) == 1)
+        return jnp.exp(found.log_evidences[-1]), found.expectation(lambda z: z["z"])
+
+    evidence, _ = inference.exact(lambda: masses(2, [1.0])).expectation()
+    np.testing.assert_allclose(evidence, densities.sum(), rtol=1e-10)
+    evidence, _ = inference.exact(lambda: masses(2, [0.4, 1.0])).expectation()
+    assert 1e-6 < abs(evidence / densities.sum() - 1) < 0.02
+
+
+def test_persistent_sampling_is_consistent():
+    """Its bias is of order 1 / n; E[Z-hat f] too. Catches a mixture with the wrong rows, or evidences forgotten in it."""
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        found = inference.persistent(
+            EXPONENTIAL(), HMC, key=key, num_particles=4000, temperatures=[0.1, 0.3, 1.0], num_moves=1, parameters=STEP
+        )
+        ratio = jnp.exp(found.log_evidence - LOG_EVIDENCE)
+        return jnp.stack([ratio, found.mean()["rate"], found.expectation(lambda z: z["rate"] ** 2)])
+
+    mean = SHAPE / RATE
+    two_stage_z(lambda key, n: run(jax.random.split(key, n)), np.array([1.0, mean, mean**2 + mean / RATE]), KEY, 60)
