@@ -7,6 +7,9 @@ from ._ancestors import Ancestors as Ancestors
 from ._ancestors import ancestors as ancestors
 from ._auto_reparameterize import Reparameterized as Reparameterized
 from ._auto_reparameterize import auto_reparameterize as auto_reparameterize
+from ._annealed_importance import annealed_importance as annealed_importance
+from ._change import change as change
+from ._change import check_change as check_change
 from ._chains import Chains as Chains
 from ._check_kernel import KernelCheck as KernelCheck
 from ._check_kernel import check_kernel as check_kernel
@@ -53,6 +56,7 @@ from ._particle_filter import particle_filter as particle_filter
 from ._particle_gibbs import ParticleGibbs as ParticleGibbs
 from ._particle_gibbs import particle_gibbs as particle_gibbs
 from ._particles import Particles as Particles
+from ._persistent import persistent as persistent
 from ._population import Population as Population
 from ._population import advance as advance
 from ._population import extend as extend
@@ -77,11 +81,16 @@ from ._stochastic_gradient import sgld as sgld
 from ._smoothing import fixed_lag_mean as fixed_lag_mean
 from ._smoothing import smooth as smooth
 from ._smoothing import smoothing as smoothing
+from ._sampled import Sampled as Sampled
+from ._sampled import Schedule as Schedule
+from ._smc_over import data_tempered as data_tempered
+from ._smc_over import smc_over as smc_over
 from ._summary import Row as Row
 from ._summary import Summary as Summary
 from ._summary import summarize as summarize
 from ._target import Flat as Flat
 from ._target import Target as Target
+from ._tempered import tempered as tempered
 from ._valid import assert_valid as assert_valid
 from ._weights import effective_sample_size as effective_sample_size
 from ._weights import log_mean_exp as log_mean_exp

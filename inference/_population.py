@@ -109,7 +109,7 @@ def spawn(
         raise ValueError(f"spawn needs a whole num_particles >= 1, got {num_particles!r}.")
     if time not in (None, 0) or (time == 0 and proposal is not None):
         raise ValueError("spawn takes time=0 or None, and a proposal only for the whole posterior: give it to advance.")
-    _refuse_missing(posterior, "spawn")
+    refuse_missing(posterior, "spawn")
     target = posterior if time is None else prefix(posterior, 0, "spawn")
     if proposal is not None:
         check_guide(proposal, target, _jax.caller(), covering=True)
@@ -252,8 +252,8 @@ def reweight(population: Population, posterior: Posterior) -> Population:
         >>> bool(abs(inference.keyed(run)(jax.random.key(0)) + 1.5155) < 0.05)  # exactly -1.5155
         True
     """
-    _whole(population, "reweight")
-    _refuse_missing(posterior, "reweight")
+    whole(population, "reweight")
+    refuse_missing(posterior, "reweight")
     before, after = population.posterior, posterior
     ratio = lambda z: after.log_density_inside(z) - before.log_density_inside(z)  # noqa: E731
     log_weights = weighed(population.log_weights, jax.vmap(ratio)(population.latents))
@@ -291,8 +291,8 @@ def extend(population: Population, posterior: Posterior, *, proposal: Any = None
         >>> bool(abs(inference.keyed(run)(jax.random.key(0)) + 2.716) < 0.1)  # exactly -2.716
         True
     """
-    _whole(population, "extend")
-    _refuse_missing(posterior, "extend")
+    whole(population, "extend")
+    refuse_missing(posterior, "extend")
     before = population.posterior
 
     def particle(z: Choices) -> Any:
@@ -337,7 +337,7 @@ def rejuvenate(population: Population, kernel: Kernel, parameters: Any = None, *
         True
     """
     target = Target(population.target)
-    _refuse_missing(population.posterior, "rejuvenate")
+    refuse_missing(population.posterior, "rejuvenate")
 
     def particle(latents: Choices) -> Choices:
         state = kernel.init(target, latents)
@@ -369,12 +369,12 @@ def _replaced(population: Population, latents: Any, log_weights: Any, log_offset
     return Population(population.posterior, latents, log_weights, log_offset, state, population.time)
 
 
-def _whole(population: Population, what: str) -> None:
+def whole(population: Population, what: str) -> None:
     if population.time is not None:
         raise ValueError(f"{what} needs a population of a whole posterior, not one in time: spawn(posterior, n).")
 
 
-def _refuse_missing(posterior: Posterior, what: str) -> None:
+def refuse_missing(posterior: Posterior, what: str) -> None:
     for path, y in leaves_of(posterior.observations):
         if isinstance(y, Masked):
             raise ShapeError(
