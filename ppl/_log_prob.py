@@ -27,7 +27,7 @@ def log_prob(d: dist.Distribution, value: Any) -> Any:
         return jnp.broadcast_to(terms, jnp.broadcast_shapes(terms.shape, d.batch_shape))
     if isinstance(d, dist.MaskedDistribution):
         return jnp.where(d._mask, log_prob(d.base_dist, value), 0.0)
-    return _binomial(d, value) if isinstance(d, dist.BinomialLogits) else _bernoulli(d.logits, value)
+    return _binomial(d, value) if isinstance(d, dist.BinomialLogits) else _bernoulli(d, value)
 
 
 def _by_logits(d: Any) -> bool:
@@ -36,7 +36,8 @@ def _by_logits(d: Any) -> bool:
     return type(d) in (dist.BernoulliLogits, dist.BinomialLogits)
 
 
-def _bernoulli(logits: Any, value: Any) -> Any:
+def _bernoulli(d: Any, value: Any) -> Any:
+    logits = d.logits
     if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
         return -softplus(jnp.where(value == 1, -logits, logits))
     finite = jnp.isfinite(logits)  # a relaxed choice is differentiated too, so that its product stays

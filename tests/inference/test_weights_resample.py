@@ -213,13 +213,8 @@ def test_no_weightless_particle_among_a_million(method):
 
 def test_errors():
     w = jnp.zeros(3)
-<<<<<<< HEAD
-    with pytest.raises(ValueError, match="method must be one of .*'multinomial', got 'resid'"):
-        inference.ancestors(KEY, w, method="resid")  # pyright: ignore[reportArgumentType]
-=======
     with pytest.raises(ValueError, match="'ssp' or 'killing', got 'best'"):
         inference.ancestors(KEY, w, method="best")  # pyright: ignore[reportArgumentType]
->>>>>>> e702620ace13a47ee9ccbbbaaffe54ce71389f8f
     with pytest.raises(TypeError, match="typed key"):
         inference.ancestors(jax.random.PRNGKey(0), w)
 

@@ -421,7 +421,9 @@ def test_densities_by_logits_and_their_derivatives(x64, name, value, logit):
     def density(x):
         return program(x).assess({"y": y})[0]
 
-    np.testing.assert_allclose(density(jnp.asarray(logit)), BY_LOGITS[name](logit).log_prob(y).sum(), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        density(jnp.asarray(logit)), BY_LOGITS[name](logit).log_prob(y).sum(), rtol=1e-12, atol=1e-14
+    )
     step = 1e-5
     difference = (density(jnp.asarray(logit + step)) - density(jnp.asarray(logit - step))) / (2 * step)
     np.testing.assert_allclose(jax.grad(density)(jnp.asarray(logit)), difference, rtol=1e-7, atol=1e-8)
