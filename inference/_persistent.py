@@ -87,7 +87,7 @@ def persistent(
     if schedule is None:
         raise ValueError("persistent needs temperatures: tempered(...).freeze_schedule() finds them.")
     path = Path.of(posterior, proposal, "persistent")
-    settings = Settings(num_particles, num_moves, check_method(method), False)
+    settings = Settings(num_particles, num_moves, check_method(method, num_particles, num_particles), False)
     if key is None:
         return _persistent(path, kernel, settings, schedule)
     check_key(key)

@@ -32,7 +32,8 @@ def _within(weights: Any, index: Any) -> tuple[Any, Any]:
     num = index.shape[0]
     above = jnp.cumsum(weights)
     below = jnp.concatenate([jnp.zeros(1, weights.dtype), above[:-1]])
-    return tuple(jnp.clip(num * edge[index] - jnp.arange(num), 0.0, 1.0) for edge in (below, above))
+    first, last = (jnp.clip(num * edge[index] - jnp.arange(num), 0.0, 1.0) for edge in (below, above))
+    return first, last
 
 
 def multinomial(weights: Weights, index: Vector) -> Any:

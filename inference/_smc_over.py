@@ -96,7 +96,9 @@ def smc_over(
         True
     """
     family, steps = _family(posteriors, num_steps)
-    settings = _Settings(num_particles, threshold, num_moves, check_method(method), schedule)
+    settings = _Settings(
+        num_particles, threshold, num_moves, check_method(method, num_particles, num_particles), schedule
+    )
     return _run(family, steps, kernel, key, settings, proposal, parameters, "smc_over")
 
 
@@ -161,7 +163,9 @@ def data_tempered(
             f"data_tempered needs num_batches from 1 to the number of data, {length}, got {num_batches!r}."
         )
     family = _Growing(posterior, length, steps)
-    settings = _Settings(num_particles, threshold, num_moves, check_method(method), schedule)
+    settings = _Settings(
+        num_particles, threshold, num_moves, check_method(method, num_particles, num_particles), schedule
+    )
     return _run(family, steps, kernel, key, settings, proposal, parameters, "data_tempered")
 
 
@@ -279,7 +283,7 @@ def _run(
             raise ValueError(f"{what}: a schedule is that of an earlier run, and has the kernel's parameters.")
         if settings.schedule.resampled.shape != (steps,):
             raise ShapeError(f"{what}: the schedule has {settings.schedule.resampled.shape[0]} steps, not {steps}.")
-    at = family if callable(family) else family.__getitem__
+    at: Any = family if callable(family) else family.__getitem__
     path = Path.of(at(0), proposal, what)
     if key is None:
         return _keyless(family, steps, path, kernel, parameters, settings)
@@ -307,7 +311,7 @@ def _keyless(family: Any, steps: int, path: Path, kernel: Kernel, parameters: An
 
     def step(cloud: _Cloud, inputs: Any) -> Any:
         number, own = inputs
-        posterior = family(number) if callable(family) else family[number]
+        posterior: Any = family(number) if callable(family) else family[number]
         density = jax.vmap(posterior.log_density_inside)(cloud.latents)
         change = jnp.where(jnp.isneginf(density), -jnp.inf, density - cloud.log_density)
         cloud = cloud._replace(log_density=density, log_weights=weighed(cloud.log_weights, change))
@@ -324,8 +328,9 @@ def _keyless(family: Any, steps: int, path: Path, kernel: Kernel, parameters: An
         records = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
     particles = Particles(cloud.latents, cloud.log_weights, cloud.log_offset)
     decided = frozen is not None or settings.threshold in (0.0, 1.0)
-    *told, variances = records
-    return Sampled(particles, jnp.ones(steps, zero.dtype), *told, variances[-1], unbiased=decided and not tuned)
+    ess, evidences, rates, resampled, used, variances = records
+    betas, exactly = jnp.ones(steps, zero.dtype), decided and not tuned
+    return Sampled(particles, betas, ess, evidences, rates, resampled, used, variances[-1], unbiased=exactly)
 
 
 def _after_weighing(

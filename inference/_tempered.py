@@ -103,7 +103,7 @@ def tempered(
     """
     check_kernel_value(kernel, "tempered")
     check_settings(num_particles, num_moves, target_ess, max_temperatures, waste_free)
-    settings = Settings(num_particles, num_moves, check_method(method), waste_free)
+    settings = Settings(num_particles, num_moves, check_method(method, num_particles, num_particles), waste_free)
     schedule = schedule_of(temperatures, parameters, "tempered")
     path = Path.of(posterior, proposal, "tempered")
     if key is None:
