@@ -14,7 +14,7 @@ from expectax.ppl._nested import Choices, leaves_of, nested
 
 
 class Reparameterized(NamedTuple):
-    """A posterior written anew, and the way back. Made by `auto_reparameterize`; see there for an example.
+    """A posterior written anew, and the way back; made by `auto_reparameterize`. Example: see `auto_reparameterize`.
 
     Attributes:
         posterior: with base variables, such as `theta_base`, in the place of some latents.
