@@ -44,12 +44,12 @@ def assert_invariant(
     Source: Scibior et al. 2018.
 
     Example:
-        >>> import expectax as ex
+        >>> import jax.numpy as jnp, expectax as ex
         >>> from expectax import dist, inference
         >>> @ex.model
         ... def model():
         ...     a = ex.sample("a", dist.Bernoulli(0.3))
-        ...     b = ex.sample("b", dist.Categorical(probs=ex.dist.Dirichlet([1.0, 1.0, 1.0]).mean))
+        ...     b = ex.sample("b", dist.Categorical(probs=jnp.array([0.2, 0.3, 0.5])))
         ...     ex.sample("y", dist.Normal(a + b, 1.0))
         >>> inference.assert_invariant(inference.gibbs(), model().given({"y": 1.0})) < 1e-5
         True
