@@ -6,9 +6,9 @@ from expectax.ppl._keyless import random_key as random_key
 from ._ancestors import Ancestors as Ancestors
 from ._ancestors import ancestors as ancestors
 from ._annealed_importance import annealed_importance as annealed_importance
+from ._chains import Chains as Chains
 from ._change import change as change
 from ._change import check_change as check_change
-from ._chains import Chains as Chains
 from ._compositions import pmmh as pmmh
 from ._compositions import rmsmc as rmsmc
 from ._compositions import smc as smc

@@ -277,6 +277,8 @@ def _differences(before: tuple[Choices, Choices], after: tuple[Choices, Choices]
             )
         for path, x in olds.items():
             if jnp.shape(x) != jnp.shape(news[path]):
-                raise ShapeError(f"change: the inverse gives {path!r} the shape {jnp.shape(news[path])}, not {jnp.shape(x)}.")
+                raise ShapeError(
+                    f"change: the inverse gives {path!r} the shape {jnp.shape(news[path])}, not {jnp.shape(x)}."
+                )
             found[path] = jnp.abs(jnp.asarray(news[path]) - x) / (1.0 + jnp.abs(x))
     return found

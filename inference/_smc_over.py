@@ -7,7 +7,7 @@ by a kernel that leaves $\gamma_t$ invariant.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -157,7 +157,9 @@ def data_tempered(
     length = _data_length(posterior)
     steps = length if num_batches is None else num_batches
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= length:
-        raise ValueError(f"data_tempered needs num_batches from 1 to the number of data, {length}, got {num_batches!r}.")
+        raise ValueError(
+            f"data_tempered needs num_batches from 1 to the number of data, {length}, got {num_batches!r}."
+        )
     family = _Growing(posterior, length, steps)
     settings = _Settings(num_particles, threshold, num_moves, check_method(method), schedule)
     return _run(family, steps, kernel, key, settings, proposal, parameters, "data_tempered")
@@ -217,23 +219,31 @@ def _family(posteriors: Any, num_steps: int | None) -> tuple[Any, int]:
         return posteriors, num_steps
     listed = list(posteriors)
     if not listed or not all(isinstance(p, Posterior) for p in listed):
-        raise TypeError(f"smc_over needs a list of posteriors, model(...).given(...), or a function, got {posteriors!r}.")
+        raise TypeError(
+            f"smc_over needs a list of posteriors, model(...).given(...), or a function, got {posteriors!r}."
+        )
     first = listed[0].latent_shapes
     for number, other in enumerate(listed[1:], 1):
         shapes = other.latent_shapes
         if jax.tree.structure(shapes) != jax.tree.structure(first):
             names = [", ".join(path for path, _ in leaves_of(s)) for s in (first, shapes)]
-            raise AddressError(f"smc_over: the latents of posterior {number}, {names[1]}, are not those of the first, {names[0]}.")
+            raise AddressError(
+                f"smc_over: the latents of posterior {number}, {names[1]}, are not those of the first, {names[0]}."
+            )
         for (path, a), (_, b) in zip(leaves_of(first), leaves_of(shapes), strict=True):
             if (a.shape, a.dtype) != (b.shape, b.dtype):
-                raise ShapeError(f"smc_over: {path!r} has shape {b.shape} in posterior {number}, but {a.shape} in the first.")
+                raise ShapeError(
+                    f"smc_over: {path!r} has shape {b.shape} in posterior {number}, but {a.shape} in the first."
+                )
     parts = [eqx.partition(posterior, eqx.is_array) for posterior in listed]
     alike = lambda a, b: jax.tree.structure(a) == jax.tree.structure(b)  # noqa: E731
     shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(arrays)] for arrays, _ in parts]
     if all(alike(p[0], parts[0][0]) and eqx.tree_equal(p[1], parts[0][1]) is True for p in parts) and all(
         s == shapes[0] for s in shapes
     ):
-        return _Stacked(jax.tree.map(lambda *xs: jnp.stack(xs), *(arrays for arrays, _ in parts)), parts[0][1]), len(parts)
+        return _Stacked(jax.tree.map(lambda *xs: jnp.stack(xs), *(arrays for arrays, _ in parts)), parts[0][1]), len(
+            parts
+        )
     return listed, len(listed)
 
 
@@ -269,7 +279,7 @@ def _run(
             raise ValueError(f"{what}: a schedule is that of an earlier run, and has the kernel's parameters.")
         if settings.schedule.resampled.shape != (steps,):
             raise ShapeError(f"{what}: the schedule has {settings.schedule.resampled.shape[0]} steps, not {steps}.")
-    at = family if callable(family) else family.__getitem__
+    at = cast(Family, family if callable(family) else family.__getitem__)
     path = Path.of(at(0), proposal, what)
     if key is None:
         return _keyless(family, steps, path, kernel, parameters, settings)
@@ -282,9 +292,7 @@ def _with_key(key: Any, *arguments: Any) -> Sampled:
     return keyed(lambda: _keyless(*arguments))(key)
 
 
-def _keyless(
-    family: Any, steps: int, path: Path, kernel: Kernel, parameters: Any, settings: _Settings
-) -> Sampled:
+def _keyless(family: Any, steps: int, path: Path, kernel: Kernel, parameters: Any, settings: _Settings) -> Sampled:
     latents, log_weights = jax.vmap(lambda _: path.draw())(jnp.arange(settings.num_particles))
     start = unadapted(kernel, Target(path.posterior), latents)
     tuned = parameters is None and settings.schedule is None and tunable(start)
@@ -297,9 +305,11 @@ def _keyless(
     own = (None, None) if frozen is None else (frozen.parameters, frozen.resampled)
     cloud, first = _after_weighing(path.posterior, kernel, settings, tuned, cloud, jax.tree.map(lambda x: x[0], own))
 
+    at = cast(Family, family if callable(family) else family.__getitem__)
+
     def step(cloud: _Cloud, inputs: Any) -> Any:
         number, own = inputs
-        posterior = family(number) if callable(family) else family[number]
+        posterior = at(number)
         density = jax.vmap(posterior.log_density_inside)(cloud.latents)
         change = jnp.where(jnp.isneginf(density), -jnp.inf, density - cloud.log_density)
         cloud = cloud._replace(log_density=density, log_weights=weighed(cloud.log_weights, change))
@@ -316,8 +326,18 @@ def _keyless(
         records = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
     particles = Particles(cloud.latents, cloud.log_weights, cloud.log_offset)
     decided = frozen is not None or settings.threshold in (0.0, 1.0)
-    *told, variances = records
-    return Sampled(particles, jnp.ones(steps, zero.dtype), *told, variances[-1], unbiased=decided and not tuned)
+    ess, log_evidences, rates, resampled, used, variances = records
+    return Sampled(
+        particles,
+        jnp.ones(steps, zero.dtype),
+        ess,
+        log_evidences,
+        rates,
+        resampled,
+        used,
+        variances[-1],
+        unbiased=decided and not tuned,
+    )
 
 
 def _after_weighing(
