@@ -29,6 +29,9 @@ from ._temperatures import schedule_of
 from ._tempered import Settings, check_settings, size_of
 from ._weights import effective_sample_size
 
+_ITERATIONS = 10
+"""How often the evidences are estimated again from all particles; they start near to where they end."""
+
 
 def persistent(
     posterior: Posterior,
@@ -46,8 +49,10 @@ def persistent(
 
     At step $t$ the $t n$ particles so far, $n$ of each $\beta_s$ with $s < t$, are draws from the mixture of those targets:
     $w_t(z) = \gamma_{\beta_t}(z) / \frac1t \sum_{s < t} \gamma_{\beta_s}(z) / \hat Z_s$, whose mean is $\hat Z_t$. From them $n$
-    are resampled and moved. No likelihood is evaluated twice. The $\hat Z_s$ in the weights are estimates, so that $\hat Z$ is
-    consistent but not unbiased, with fixed temperatures too; with one temperature it is importance sampling.
+    are resampled and moved. No likelihood is evaluated twice. In the end all evidences are estimated again from all
+    particles, those of the last temperature too, by iterating the same equation for all $t$ at once (Shirts and Chodera
+    2008). The $\hat Z_s$ in the weights are estimates, so that $\hat Z$ is consistent but not unbiased, with fixed
+    temperatures too.
 
     Args:
         posterior: the target $\gamma$.
@@ -62,10 +67,12 @@ def persistent(
 
     Returns:
         `Sampled`, with $(K + 1) n$ weighted particles, those of the last temperature among them. Its `ess` may be above $n$;
-        `unbiased` is False but for one temperature, and there is no standard error.
+        `unbiased` is False, and there is no standard error.
 
     Raises:
         ValueError, DistributionError, NonFiniteError: as in `tempered`.
+
+    Sources: Karamanis and Seljak 2025; Shirts and Chodera 2008 (the final evidences).
 
     Example:
         >>> import jax, expectax as ex
@@ -123,26 +130,36 @@ def _persistent(path: Path, kernel: Kernel, settings: Settings, schedule: Schedu
         after = moved(kernel, target, chosen, parameters, settings.num_moves, tuned=tuned)
         pool = jax.tree.map(lambda all, new: all.at[row].set(new), pool, after.latents)
         ratios = ratios.at[row].set(jax.vmap(path.log_ratio)(after.latents))
-        told = (effective_sample_size(log_weights), log_z, after.acceptance_rate, after.parameters)
+        told = (effective_sample_size(log_weights), after.acceptance_rate, after.parameters)
         return (pool, ratios, log_zs.at[row].set(log_z), after.parameters), told
 
     first = start_parameters(start, size_of(path.posterior)) if tuned else start
     carry = (jax.tree.map(filled, latents), filled(log_ratio), jnp.zeros_like(betas), first)
     (pool, ratios, log_zs, _), told = lax.scan(step, carry, (jnp.arange(1, rows), given))
+    again = lambda _, log_zs: _consistent(betas, ratios, log_zs)  # noqa: E731
+    log_zs = lax.fori_loop(0, _ITERATIONS, again, log_zs)
     log_weights = _mixture_weights(betas, ratios, log_zs, betas[-1], rows)
     log_offset = log_zs[-1] - jax.nn.logsumexp(log_weights) + jnp.log(log_weights.shape[0])
-    ess, log_evidences, rates, parameters = told
+    ess, rates, parameters = told
     return Sampled(
         Particles(jax.tree.map(_flat, pool), log_weights, log_offset),
         betas[1:],
         ess,
-        log_evidences,
+        log_zs[1:],
         rates,
         jnp.ones(rows - 1, bool),
         parameters,
         jnp.full((), jnp.nan, betas.dtype),
-        unbiased=rows == 2,
+        unbiased=False,
     )
+
+
+def _consistent(betas: Any, ratios: Any, log_zs: Any) -> Any:
+    """Return the evidences that the whole pool gives, weighed with the ones so far; that of temperature 0 is known."""
+    rows = betas.shape[0]
+    one = lambda beta: jax.nn.logsumexp(_mixture_weights(betas, ratios, log_zs, beta, rows))  # noqa: E731
+    found = jax.vmap(one)(betas)
+    return found - found[0]
 
 
 def _mixture_weights(betas: Any, ratios: Any, log_zs: Any, beta: Any, used: Any) -> Any:

@@ -4,9 +4,8 @@ G1 (what is offered) and G2 (bugs) number what was measured on GenJAX 1.0.x, as 
 defects of the language itself. What can only be tested by draws has a pinned key and two stages with a false-alarm rate of 1e-6.
 """
 
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,16 +142,14 @@ def test_one_leapfrog_step_keeps_the_normal_law():
     Exact draws stay exact; at step size sqrt 2 an accepted state is sqrt 2 times the momentum, whatever was before.
     """
     kernel, settings = KERNELS["one leapfrog step"], {"step_size": 2**0.5, "inverse_mass_matrix": jnp.ones(2)}
-
-    def log_density(x: Any) -> Any:
-        return -0.5 * jnp.sum(x**2)
+    target = inference.Target(ex.model(lambda: ex.sample("x", dist.Normal(jnp.zeros(2), 1.0)))().given({}))
 
     @jax.jit
     @jax.vmap
     def move(key: Any) -> Any:
         key_start, key_step = jax.random.split(key)
-        state = kernel.init(jax.random.normal(key_start, (2,)), log_density)
-        return kernel.step(key_step, state, log_density, settings)[0].position
+        state = kernel.init(target, {"x": jax.random.normal(key_start, (2,))})
+        return inference.keyed(kernel.step)(key_step, target, state, settings)[0].position
 
     def moments(key: Any, n: int) -> Any:
         x, y = np.asarray(move(jax.random.split(key, n))).T
@@ -176,30 +173,23 @@ def test_four_chains_of_eight_schools():
     close(chains.statistics["log_density"], exact)
 
 
-class _State(NamedTuple):
-    position: Any
-    logdensity: Any
-
-
-class _Info(NamedTuple):
-    is_divergent: Any = False
-    acceptance_rate: Any = 1.0
-    num_integration_steps: Any = 0
-    energy: Any = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
 class _Still:
     """A kernel that stays where it starts."""
 
-    name: str = "still"
-    dense_mass: bool = False
+    name = "still"
 
-    def init(self, position: Any, log_density: Any) -> Any:
-        return _State(position, log_density(position))
+    def init(self, target: Any, latents: Any) -> Any:
+        position = target.flat().unconstrain(latents)
+        return inference.State(position, target.flat().log_density(position))
 
-    def step(self, key: Any, state: Any, log_density: Any, parameters: Any) -> Any:
-        return state, jax.tree.map(jnp.asarray, _Info())
+    def step(self, target: Any, state: Any, parameters: Any) -> Any:
+        return state, inference.Info(jnp.asarray(1.0))
+
+    def latents(self, target: Any, position: Any) -> Any:
+        return target.flat().constrain(position)
+
+    def adaptation(self, target: Any, state: Any) -> Any:
+        return inference.Adaptation.none()
 
 
 def test_chains_start_apart():
@@ -231,13 +221,14 @@ def test_a_chain_holds_its_latents_and_five_statistics():
 class _Count(_Still):
     """A kernel that goes up by one, diverges at every fifth step and counts its steps."""
 
-    def init(self, position: Any, log_density: Any) -> Any:
-        return _State(jnp.zeros_like(position), log_density(position))
+    def init(self, target: Any, latents: Any) -> Any:
+        position = jnp.zeros_like(target.flat().unconstrain(latents))
+        return inference.State(position, target.flat().log_density(position))
 
-    def step(self, key: Any, state: Any, log_density: Any, parameters: Any) -> Any:
+    def step(self, target: Any, state: Any, parameters: Any) -> Any:
         position = state.position + 1.0
-        info = _Info(position[0] % 5 == 0, position[0], 1)
-        return _State(position, state.logdensity), jax.tree.map(jnp.asarray, info)
+        info = inference.Info(position[0], position[0] % 5 == 0, 1)
+        return inference.State(position, state.log_density), info
 
 
 def test_thinning_keeps_every_third_draw_and_forgets_no_divergence():
