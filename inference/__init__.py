@@ -6,7 +6,6 @@ from expectax.ppl._keyless import random_key as random_key
 from ._ancestors import Ancestors as Ancestors
 from ._ancestors import ancestors as ancestors
 from ._annealed_importance import annealed_importance as annealed_importance
-<<<<<<< HEAD
 from ._auto_reparameterize import Reparameterized as Reparameterized
 from ._auto_reparameterize import auto_reparameterize as auto_reparameterize
 from ._chains import Chains as Chains
@@ -17,11 +16,6 @@ from ._check_kernel import check_kernel as check_kernel
 from ._combinators import cycle as cycle
 from ._combinators import mixture as mixture
 from ._combinators import repeat as repeat
-=======
-from ._chains import Chains as Chains
-from ._change import change as change
-from ._change import check_change as check_change
->>>>>>> c3927d16d9a8fc99ac6e7cf8f8b5749ed3aeea41
 from ._compositions import pmmh as pmmh
 from ._compositions import rmsmc as rmsmc
 from ._compositions import smc as smc

@@ -283,11 +283,7 @@ def _run(
             raise ValueError(f"{what}: a schedule is that of an earlier run, and has the kernel's parameters.")
         if settings.schedule.resampled.shape != (steps,):
             raise ShapeError(f"{what}: the schedule has {settings.schedule.resampled.shape[0]} steps, not {steps}.")
-<<<<<<< HEAD
-    at: Any = family if callable(family) else family.__getitem__
-=======
     at = cast(Family, family if callable(family) else family.__getitem__)
->>>>>>> c3927d16d9a8fc99ac6e7cf8f8b5749ed3aeea41
     path = Path.of(at(0), proposal, what)
     if key is None:
         return _keyless(family, steps, path, kernel, parameters, settings)
@@ -317,11 +313,7 @@ def _keyless(family: Any, steps: int, path: Path, kernel: Kernel, parameters: An
 
     def step(cloud: _Cloud, inputs: Any) -> Any:
         number, own = inputs
-<<<<<<< HEAD
-        posterior: Any = family(number) if callable(family) else family[number]
-=======
         posterior = at(number)
->>>>>>> c3927d16d9a8fc99ac6e7cf8f8b5749ed3aeea41
         density = jax.vmap(posterior.log_density_inside)(cloud.latents)
         change = jnp.where(jnp.isneginf(density), -jnp.inf, density - cloud.log_density)
         cloud = cloud._replace(log_density=density, log_weights=weighed(cloud.log_weights, change))
@@ -338,11 +330,6 @@ def _keyless(family: Any, steps: int, path: Path, kernel: Kernel, parameters: An
         records = jax.tree.map(lambda *xs: jnp.stack(xs), *found)
     particles = Particles(cloud.latents, cloud.log_weights, cloud.log_offset)
     decided = frozen is not None or settings.threshold in (0.0, 1.0)
-<<<<<<< HEAD
-    ess, evidences, rates, resampled, used, variances = records
-    betas, exactly = jnp.ones(steps, zero.dtype), decided and not tuned
-    return Sampled(particles, betas, ess, evidences, rates, resampled, used, variances[-1], unbiased=exactly)
-=======
     ess, log_evidences, rates, resampled, used, variances = records
     return Sampled(
         particles,
@@ -355,7 +342,6 @@ def _keyless(family: Any, steps: int, path: Path, kernel: Kernel, parameters: An
         variances[-1],
         unbiased=decided and not tuned,
     )
->>>>>>> c3927d16d9a8fc99ac6e7cf8f8b5749ed3aeea41
 
 
 def _after_weighing(

@@ -70,13 +70,8 @@ def test_every_run_with_a_frozen_schedule(x64):
 def test_every_run_over_a_family(x64, alike):
     """A list of one model's posteriors (one scan), and of two models' (written out)."""
     between = coin(0.9).given({"y": jnp.array([0.1, 1.3, -0.8])}) if alike else other(2.0).given({})
-<<<<<<< HEAD
-    run = lambda posterior: (
-        inference.smc_over(  # noqa: E731
-=======
     run = lambda posterior: (  # noqa: E731
         inference.smc_over(
->>>>>>> c3927d16d9a8fc99ac6e7cf8f8b5749ed3aeea41
             [COIN(0.2), between, posterior], Flip("z"), num_particles=2, threshold=1.0, num_moves=1
         ).particles
     )
@@ -85,13 +80,8 @@ def test_every_run_over_a_family(x64, alike):
 
 def test_a_proposal_for_the_first_posterior(x64):
     guide = ex.model(lambda: ex.sample("z", dist.Bernoulli(0.8)))
-<<<<<<< HEAD
-    run = lambda posterior: (
-        inference.smc_over(  # noqa: E731
-=======
     run = lambda posterior: (  # noqa: E731
         inference.smc_over(
->>>>>>> c3927d16d9a8fc99ac6e7cf8f8b5749ed3aeea41
             [COIN(0.2), posterior],
             Metropolis("z", [0.3, 0.7]),
             num_particles=2,

@@ -54,13 +54,8 @@ METROPOLIS = Metropolis("z", [0.2, 0.3, 0.5])
 def test_every_run_of_two_particles_and_two_temperatures(x64, method, guided):
     """Catches: an increment of the temperature that is off, a kernel for another temperature, a resampled weight kept."""
     proposal = three_guide([0.3, 0.3, 0.4]) if guided else None
-<<<<<<< HEAD
-    run = lambda posterior: (
-        inference.tempered(  # noqa: E731
-=======
     run = lambda posterior: (  # noqa: E731
         inference.tempered(
->>>>>>> c3927d16d9a8fc99ac6e7cf8f8b5749ed3aeea41
             posterior,
             METROPOLIS,
             num_particles=2,
@@ -78,13 +73,8 @@ def test_every_run_of_two_particles_and_two_temperatures(x64, method, guided):
     "posterior", [lambda: coin(0.4).given({"y": 0.9}), lambda: half_impossible().given({"y": 0.3})]
 )
 def test_every_run_without_waste(x64, method, posterior):
-<<<<<<< HEAD
-    run = lambda target: (
-        inference.tempered(  # noqa: E731
-=======
     run = lambda target: (  # noqa: E731
         inference.tempered(
->>>>>>> c3927d16d9a8fc99ac6e7cf8f8b5749ed3aeea41
             target, Flip("z"), num_particles=4, temperatures=[0.4, 1.0], num_moves=1, method=method, waste_free=True
         ).particles
     )
@@ -94,13 +84,8 @@ def test_every_run_without_waste(x64, method, posterior):
 @pytest.mark.parametrize("guided", [False, True])
 def test_every_run_of_annealed_chains(x64, guided):
     proposal = three_guide([0.3, 0.3, 0.4]) if guided else None
-<<<<<<< HEAD
-    run = lambda posterior: (
-        inference.annealed_importance(  # noqa: E731
-=======
     run = lambda posterior: (  # noqa: E731
         inference.annealed_importance(
->>>>>>> c3927d16d9a8fc99ac6e7cf8f8b5749ed3aeea41
             posterior, METROPOLIS, num_particles=2, temperatures=[0.35, 0.6, 1.0], proposal=proposal
         ).particles
     )
