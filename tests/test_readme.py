@@ -30,3 +30,15 @@ def test_code_blocks_of_the_page_on_marginals_run():
         exec(compile(block, str(page), "exec"), names)
     assert abs(float(names["vi"].estimate(names["bound"], names["fit"].params, names["key"]).mean) - -8.18) < 0.1
     assert names["chains"].choices["mean"].shape == (4, 1000)
+
+
+@pytest.mark.slow
+def test_code_blocks_of_the_page_on_inference_run():
+    page = README.parent / "docs" / "inference.md"
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a divergence in a short run
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+            exec(compile(block, str(page), "exec"), names)
+    assert abs(float(names["again"].log_evidence) - float(names["filtered"].log_evidence)) < 0.3
+    assert names["more"].choices["mu"].shape == (4, 1000) and names["check"].p_value > 1e-6
