@@ -95,7 +95,7 @@ def smoothed(seen: int) -> tuple[np.ndarray, np.ndarray, float]:
     cov = 0.36 * lower @ lower.T
     spread = cov[:seen, :seen] + 0.64 * np.eye(seen)
     gain = cov[:, :seen] @ np.linalg.inv(spread)
-    evidence = stats.multivariate_normal(np.zeros(seen), spread).logpdf(OBSERVED[:seen])
+    evidence = stats.multivariate_normal.logpdf(OBSERVED[:seen], np.zeros(seen), spread)
     return gain @ OBSERVED[:seen], np.diag(cov - gain @ cov[:seen]), float(evidence)
 
 
