@@ -75,7 +75,7 @@ def with_cuthbert(n: int) -> Callable[[int], float]:
     @jax.jit
     def run(key: Any) -> Any:
         key_start, key_run = jax.random.split(key)
-        start = built.init_prepare(0.0, key=key_start)
+        start = built.init_prepare(key=key_start)
         return run_filter(built, ys, start, key=key_run).log_normalizing_constant[-1]
 
     return lambda i: float(run(jax.random.key(i)))
