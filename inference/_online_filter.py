@@ -79,7 +79,7 @@ class OnlineFilter(eqx.Module):
             AddressError, ShapeError: the observation is not like the example's.
         """
         check_key(key)
-        return _step(self, key, state, self._checked(observation))
+        return _step(self, key, state.cloud, state.time, self._checked(observation))
 
     def steps(self) -> FilterSteps:
         """Return the model cut at its scan."""
@@ -176,13 +176,13 @@ def _typed(state: OnlineState) -> OnlineState:
 
 
 @compiled
-def _step(online: OnlineFilter, key: Any, state: OnlineState, observation: Choices) -> OnlineState:
-    return _typed(keyed(stepped)(key, online, state, observation))
+def _step(online: OnlineFilter, key: Any, cloud: Cloud, time: Any, observation: Choices) -> OnlineState:
+    return _typed(keyed(stepped)(key, online, cloud, time, observation))
 
 
-def stepped(online: OnlineFilter, state: OnlineState, observation: Choices) -> OnlineState:
+def stepped(online: OnlineFilter, cloud: Cloud, time: Any, observation: Choices) -> OnlineState:
     """Do one step, as a keyless program."""
     steps = online.steps()._replace(store="filtering")
-    cloud, record = steps.step(state.cloud, state.time, observation)
+    cloud, record = steps.step(cloud, time, observation)
     particles = Particles(merged(cloud.before, record.choices), cloud.log_weights, cloud.log_offset)
-    return OnlineState(cloud, state.time + 1, particles, record.ess)
+    return OnlineState(cloud, time + 1, particles, record.ess)

@@ -81,7 +81,7 @@ def particle_gibbs(
         >>> chains = inference.mcmc(
         ...     posterior, inference.particle_gibbs(10), key=jax.random.key(0), num_warmup=50, num_samples=500
         ... )
-        >>> bool(abs(chains.mean()["x"][0] - 0.462) < 0.1)  # exactly 0.462
+        >>> bool(abs(chains.mean()["x"][0] - 0.346) < 0.1)  # exactly 0.346
         True
     """
     if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 2:

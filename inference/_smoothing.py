@@ -81,7 +81,7 @@ def smooth(
         >>> posterior = walk().given({"y": jnp.array([0.5, 1.0, 0.0])})
         >>> filtered = inference.particle_filter(posterior, key=jax.random.key(0), num_particles=500)
         >>> paths = inference.smooth(posterior, filtered, key=jax.random.key(1), num_trajectories=1000)
-        >>> bool(abs(paths.mean()["x"][0] - 0.462) < 0.1)  # exactly 0.462
+        >>> bool(abs(paths.mean()["x"][0] - 0.346) < 0.1)  # exactly 0.346
         True
     """
     check_key(key)
@@ -273,7 +273,7 @@ def fixed_lag_mean(filtered: Filtered, lag: int) -> Any:
         ...     jax.lax.scan(step, 0.0, length=3)
         >>> posterior = walk().given({"y": jnp.array([0.5, 1.0, 0.0])})
         >>> filtered = inference.particle_filter(posterior, key=jax.random.key(0), num_particles=5000)
-        >>> bool(abs(inference.fixed_lag_mean(filtered, 2)["x"][0] - 0.462) < 0.1)  # exactly 0.462
+        >>> bool(abs(inference.fixed_lag_mean(filtered, 2)["x"][0] - 0.346) < 0.1)  # exactly 0.346
         True
     """
     if lag < 0:

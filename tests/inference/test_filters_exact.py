@@ -43,6 +43,7 @@ def test_models_of_every_form(name):
     prove(MODELS[name](), method="stratified", ess_threshold=0.95)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_three_particles(method):
     short = ppl.model(lambda: lax.scan(switch, 0.0, None, length=2)[1])().given({"y": Y[:2]})
@@ -163,3 +164,37 @@ def test_refusals():
         inference.particle_filter(
             MODELS["chain"](), key=jax.random.key(0), num_particles=3, proposal=lambda now: observing()
         )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_float32_evidence_of_a_million_particles():
+    """Sums of a million float32 weights do not move the evidence: against the exact one, in the runs' own spread."""
+    times, count = 100, 1_000_000
+    ys = np.random.default_rng(0).normal(size=times)
+
+    @ppl.model
+    def walk():
+        def step(x, _):
+            x = ppl.sample("x", dist.Normal(0.9 * x, 0.5))
+            ppl.sample("y", dist.Normal(x, 0.7))
+            return x, None
+
+        lax.scan(step, 0.0, None, length=times)
+
+    mean, variance, exact = 0.0, 0.0, 0.0
+    for y in ys:
+        mean, variance = 0.9 * mean, 0.81 * variance + 0.25
+        spread = variance + 0.49
+        exact += stats.norm.logpdf(y, mean, np.sqrt(spread))
+        mean, variance = mean + variance / spread * (y - mean), variance * 0.49 / spread
+    with jax.enable_x64(False):
+        posterior = walk().given({"y": jnp.asarray(ys, jnp.float32)})
+        settings: dict[str, Any] = {"num_particles": count, "store": "evidence"}
+        found = [
+            float(inference.particle_filter(posterior, key=jax.random.key(i), **settings).log_evidence)
+            for i in range(8)
+        ]
+    spread = np.std(found, ddof=1)
+    assert spread < 0.05
+    assert abs(np.mean(found) + spread**2 / 2 - exact) < 5 * spread / np.sqrt(8)

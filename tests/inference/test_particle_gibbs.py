@@ -70,12 +70,17 @@ def check_invariant(posterior: Any, kernel: Any) -> Any:
     return 1 - stayed
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("method", METHODS)
+FEW = [("multinomial", rule) for rule in RULES] + [(method, "ancestor") for method in METHODS[1:]]
+REST = [(method, rule) for method in METHODS[1:] for rule in ("genealogy", "backward")]
+GRID = [*FEW, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
+
+
+@pytest.mark.parametrize(("method", "rule"), GRID)
 def test_every_rule_and_resampler(rule, method):
     assert check_invariant(MODELS["chain"](), inference.particle_gibbs(2, method=method, **RULES[rule])) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_three_particles(method):
     """With two particles some errors in the reference's place cancel."""
@@ -83,7 +88,9 @@ def test_three_particles(method):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ["several", "backwards", "latents_before", "nested", "lanes"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("several", marks=pytest.mark.slow), "backwards", "latents_before", "nested", "lanes"]
+)
 def test_models_of_every_form(name, rule):
     check_invariant(MODELS[name](), inference.particle_gibbs(2, **RULES[rule]))
 
