@@ -33,6 +33,12 @@ def population(name: str, old: str, new: str, tests: str = "test_population.py")
     return Mutant(name, "inference/_population.py", old, new, f"tests/inference/{tests}")
 
 
+FILTERS = "tests/inference/test_filters_exact.py"
+RESAMPLING = "tests/inference/test_weights_resample.py"
+SCHEMES = "inference/_resampling_schemes.py"
+GIBBS = "tests/inference/test_particle_gibbs.py"
+KERNELS = "tests/inference/test_kernels_exact.py"
+
 MUTANTS = [
     population(
         "resampling keeps the old weights",
@@ -94,31 +100,31 @@ MUTANTS = [
     ),
     Mutant(
         "systematic resampling with one u for each",
-        "inference/_ancestors.py",
-        'shape = () if method == "systematic" else (num,)',
-        "shape = (num,)",
-        "tests/inference/test_weights_resample.py",
+        SCHEMES,
+        "jax.random.uniform(key, (), weights.dtype), num)",
+        "jax.random.uniform(key, (num,), weights.dtype), num)",
+        RESAMPLING,
     ),
     Mutant(
         "systematic levels are not spread",
-        "inference/_ancestors.py",
-        "(jnp.arange(num, dtype=dtype) + jax.random.uniform(key, shape, dtype)) / num",
-        "(jnp.arange(num, dtype=dtype) + 0.5 * jax.random.uniform(key, shape, dtype)) / num",
-        "tests/inference/test_weights_resample.py",
+        SCHEMES,
+        "ends = jnp.ceil(place - uniform)",
+        "ends = jnp.ceil(place - 0.5 * uniform)",
+        RESAMPLING,
     ),
     Mutant(
         "the law of systematic resampling is the stratified one",
-        "inference/_ancestors.py",
+        "inference/_resampling_laws.py",
         "return jnp.maximum(jnp.min(last) - jnp.max(first), 0.0)",
         "return jnp.prod(jnp.maximum(last - first, 0.0))",
-        "tests/inference/test_weights_resample.py",
+        RESAMPLING,
     ),
     Mutant(
-        "multinomial ways are not counted",
-        "inference/_ancestors.py",
-        "return jnp.exp(log_ways) * drawn",
-        "return drawn",
-        "tests/inference/test_population.py",
+        "residual resampling draws from the whole weights",
+        SCHEMES,
+        "return whole.astype(jnp.int32), num * weights - whole",
+        "return whole.astype(jnp.int32), num * weights",
+        RESAMPLING,
     ),
     Mutant(
         "time is turned round",
@@ -182,6 +188,153 @@ MUTANTS = [
         'order = range(length)[:: -1 if eqn.params["reverse"] else 1]',
         "order = range(length)",
         "tests/inference/test_exact.py",
+    ),
+    # filters, particle Gibbs, smoothing
+    Mutant(
+        "a filter keeps its weights when it resamples",
+        "inference/_filter_steps.py",
+        "after = jnp.zeros_like(log_weights) if ahead is None else -ahead[index]",
+        "after = log_weights if ahead is None else -ahead[index]",
+        FILTERS,
+    ),
+    Mutant(
+        "a look-ahead is not divided out",
+        "inference/_filter_steps.py",
+        "else -ahead[index]",
+        "else jnp.zeros_like(log_weights)",
+        FILTERS,
+    ),
+    Mutant(
+        "a filter's evidence leaves the look-ahead out",
+        "inference/_filter_steps.py",
+        "cloud.log_offset + log_mean_exp(log_weights), eves)",
+        "cloud.log_offset + log_mean_exp(cloud.log_weights), eves)",
+        FILTERS,
+    ),
+    Mutant(
+        "a guided filter forgets the proposal",
+        "inference/_filter_steps.py",
+        "as_weight(step.log_weight) - log_q",
+        "as_weight(step.log_weight)",
+        FILTERS,
+    ),
+    Mutant(
+        "the reference loses its place",
+        "inference/_particle_gibbs.py",
+        "whole.at[others].set(others_).at[place].set(jnp.asarray(own, whole.dtype))",
+        "whole.at[others].set(others_).at[0].set(jnp.asarray(own, whole.dtype))",
+        GIBBS,
+    ),
+    Mutant(
+        "ancestor sampling without the future",
+        "inference/_particle_gibbs.py",
+        "total = weighed(log_weights, jax.vmap(future)(states))",
+        "total = log_weights",
+        GIBBS,
+    ),
+    Mutant(
+        "the reference's weight counts its own draw",
+        "inference/_particle_gibbs.py",
+        "marked = nested((path, Unweighed(x)) for path, x in leaves_of(own))",
+        "marked = nested((path, x) for path, x in leaves_of(own))",
+        GIBBS,
+    ),
+    Mutant(
+        "backward simulation without the transition",
+        "inference/_smoothing.py",
+        "weighed(jnp.broadcast_to(log_weights, ahead.shape), ahead))",
+        "jnp.broadcast_to(log_weights, ahead.shape))",
+        "tests/inference/test_smoothing.py",
+    ),
+    Mutant(
+        "a backward move without its ratio",
+        "inference/_smoothing.py",
+        "-jnp.inf, there - here)",
+        "-jnp.inf, 0.0 * there)",
+        "tests/inference/test_smoothing.py",
+    ),
+    # samplers
+    Mutant(
+        "a temperature weighs from zero",
+        "inference/_tempered.py",
+        "powered(beta - cloud.beta, cloud.log_ratio)",
+        "powered(beta, cloud.log_ratio)",
+        "tests/inference/test_tempered.py -k run",
+    ),
+    Mutant(
+        "a kernel for the temperature before",
+        "inference/_tempered.py",
+        "target = path.at(beta)",
+        "target = path.at(cloud.beta)",
+        "tests/inference/test_tempered.py -k run",
+    ),
+    Mutant(
+        "a change without its Jacobian",
+        "inference/_change.py",
+        "return after, jnp.linalg.slogdet(jacobian)[1]",
+        "return after, 0.0",
+        "tests/inference/test_change.py",
+    ),
+    Mutant(
+        "a change forgets the forward program",
+        "inference/_change.py",
+        "- log_k + log_jacobian",
+        "+ log_jacobian",
+        "tests/inference/test_change.py",
+    ),
+    Mutant(
+        "a change forgets the backward program",
+        "inference/_change.py",
+        "self.after.log_density_inside(new) + log_l -",
+        "self.after.log_density_inside(new) -",
+        "tests/inference/test_change.py",
+    ),
+    # kernels
+    Mutant(
+        "Metropolis without the way back", "inference/_metropolis.py", "+ log_backward - drawn.log_density", "", KERNELS
+    ),
+    Mutant(
+        "Gibbs takes the likeliest value",
+        "inference/_gibbs.py",
+        'number = sample("value", dist.Categorical(logits=possible))',
+        'number = jnp.argmax(possible) + 0 * sample("value", dist.Categorical(logits=possible))',
+        KERNELS,
+    ),
+    Mutant(
+        "Gibbs forgets all values but one",
+        "inference/_gibbs.py",
+        "return _drawn(target, jax.vmap(with_element)(support)), None",
+        "return _drawn(target, jax.vmap(with_element)(support[:1])), None",
+        KERNELS,
+    ),
+    Mutant(
+        "replicas swap the wrong way",
+        "inference/_replica.py",
+        "(betas[:-1] - betas[1:]) * (values[1:] - values[:-1])",
+        "(betas[:-1] - betas[1:]) * (values[:-1] - values[1:])",
+        KERNELS,
+    ),
+    Mutant(
+        "an involution without the auxiliary density",
+        "inference/_involutive.py",
+        "+ log_backward - drawn.log_density + log_jacobian",
+        "+ log_jacobian",
+        KERNELS,
+    ),
+    # chains and calibration
+    Mutant(
+        "a resumed chain draws with the keys of the first draws",
+        "inference/_run.py",
+        "own = jax.random.fold_in(key, first + n)",
+        "own = jax.random.fold_in(key, n)",
+        "tests/inference/test_mcmc_resume.py",
+    ),
+    Mutant(
+        "ranks leave ties out",
+        "inference/_sbc.py",
+        "return less + jax.random.randint(key, jnp.shape(less), 0, ties + 1)",
+        "return less",
+        "tests/inference/test_sbc.py",
     ),
 ]
 
