@@ -28,9 +28,9 @@ def data() -> np.ndarray:
 
 def with_particles(n: int) -> Callable[[int], float]:
     """Chopin's package, in NumPy and numba."""
-    import particles
-    from particles import distributions
-    from particles import state_space_models as models
+    import particles  # pyright: ignore[reportMissingImports]
+    from particles import distributions  # pyright: ignore[reportMissingImports]
+    from particles import state_space_models as models  # pyright: ignore[reportMissingImports]
 
     class Walk(models.StateSpaceModel):
         def PX0(self) -> Any:  # noqa: N802
@@ -57,10 +57,10 @@ def with_cuthbert(n: int) -> Callable[[int], float]:
     """The state-space package in JAX."""
     import jax
     import jax.numpy as jnp
-    from cuthbert import filter as run_filter
-    from cuthbert.smc import particle_filter
-    from cuthbertlib.resampling import systematic
-    from cuthbertlib.resampling.adaptive import ess_decorator
+    from cuthbert import filter as run_filter  # pyright: ignore[reportMissingImports]
+    from cuthbert.smc import particle_filter  # pyright: ignore[reportMissingImports]
+    from cuthbertlib.resampling import systematic  # pyright: ignore[reportMissingImports]
+    from cuthbertlib.resampling.adaptive import ess_decorator  # pyright: ignore[reportMissingImports]
 
     ys = jnp.asarray(data())
     density = lambda x, y: -0.5 * ((y - x) / OBSERVATION_SD) ** 2 - jnp.log(OBSERVATION_SD * jnp.sqrt(2 * jnp.pi))  # noqa: E731
