@@ -58,15 +58,17 @@ class Run(NamedTuple):
 
 
 def told(found: Any) -> Run:
-    """Return what is kept of one of our runs."""
+    """Return what is kept of a run."""
+    if isinstance(found, Run):
+        return found
     mode = found.expectation(lambda z: (jnp.mean(z["z"]) > 0) * 1.0)
     return Run(found.log_evidence, mode, found.temperatures.shape[0])
 
 
-def ours(i: int, **settings: Any) -> Run:
+def ours(i: int, **settings: Any) -> Any:
     """Adaptive tempering."""
     settings = {"num_particles": PARTICLES, "num_moves": MOVES, "parameters": STEP} | settings
-    return told(inference.tempered(POSTERIOR, KERNEL, key=jax.random.key(i), **settings))
+    return inference.tempered(POSTERIOR, KERNEL, key=jax.random.key(i), **settings)
 
 
 def blackjax_run() -> Any:
@@ -102,10 +104,8 @@ def candidates() -> dict[str, Any]:
     ).freeze_schedule()
     long = 40
     waste_free = {"num_particles": PARTICLES * MOVES // long * (long + 1), "num_moves": long, "waste_free": True}
-    persistent = lambda i: told(  # noqa: E731
-        inference.persistent(
-            POSTERIOR, KERNEL, key=jax.random.key(i), num_particles=PARTICLES, num_moves=MOVES, temperatures=schedule
-        )
+    persistent = lambda i: inference.persistent(  # noqa: E731
+        POSTERIOR, KERNEL, key=jax.random.key(i), num_particles=PARTICLES, num_moves=MOVES, temperatures=schedule
     )
     return {
         "adaptive, target 0.5": ours,
@@ -123,10 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=100)
     repeats = parser.parse_args().repeats
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, list[Any]] = {}
 
     def recorded(name: str, function: Any) -> Any:
-        def call(i: int) -> Run:
+        def call(i: int) -> Any:
             runs.setdefault(name, []).append(function(i))
             return runs[name][-1]
 
@@ -137,7 +137,9 @@ def main() -> None:
     print("| | ms | / BlackJAX | first call, s | temperatures | sd(log Z) | mean of Z | weight of the mode at 3 |")
     print("|---|---|---|---|---|---|---|---|")
     for name, times in found.items():
-        log_z, mode, count = (np.array([float(x) for x in column]) for column in zip(*runs[name], strict=True))
+        log_z, mode, count = (
+            np.array([float(x) for x in column]) for column in zip(*map(told, runs[name]), strict=True)
+        )
         spread = np.std(log_z, ddof=1)
         z = np.exp(log_z)
         print(

@@ -78,7 +78,7 @@ def annealed_importance(
     schedule = schedule_of(temperatures, parameters, "annealed_importance")
     if schedule is None:
         raise ValueError("annealed_importance needs temperatures: tempered(...).freeze_schedule() finds them.")
-    path = Path.of(posterior, proposal, "annealed_importance")
+    path = Path(posterior, proposal)
     if key is None:
         return _annealed(path, kernel, num_particles, num_moves, schedule)
     check_key(key)
@@ -88,6 +88,7 @@ def annealed_importance(
 
 def _annealed(path: Path, kernel: Kernel, num_particles: int, num_moves: int, schedule: Schedule) -> Sampled:
     """Run all chains; a keyless program."""
+    path = path.checked("annealed_importance")
     latents, log_ratio = jax.vmap(lambda _: path.draw())(jnp.arange(num_particles))
     betas = jnp.asarray(schedule.temperatures, log_ratio.dtype)
     changes = jnp.diff(betas, prepend=0.0)

@@ -32,9 +32,9 @@ class Path(eqx.Module):
     posterior: Posterior
     proposal: Program | None
 
-    @classmethod
-    def of(cls, posterior: Posterior, proposal: Program | None, what: str) -> Path:
-        """Return a path whose densities are exact and whose proposal fits."""
+    def checked(self, what: str) -> Path:
+        """Refuse a proposal that does not fit, and densities that are not exact; to be called once, while compiling."""
+        posterior, proposal = self.posterior, self.proposal
         for path, y in leaves_of(posterior.observations):
             if isinstance(y, Masked):
                 raise ShapeError(f"{what}: the data of {path!r} are given in part. Give them whole (see ppl.mask).")
@@ -47,13 +47,12 @@ class Path(eqx.Module):
                         f"{what}: the density of {path!r} at {entry.site.where} is only estimated, but a temperature needs "
                         "its powers, and a kernel its values again and again. Use importance."
                     )
-        path = cls(posterior, proposal)
-        if proposal is None and path._sums:
+        if proposal is None and self._sums:
             raise ControlFlowError(
                 f"{what}: the model sums over choices, so that its prior has no density apart from its data's. Give a "
                 "proposal: a bound program whose sites are the latents."
             )
-        return path
+        return self
 
     @property
     def _sums(self) -> bool:

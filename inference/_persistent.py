@@ -93,7 +93,7 @@ def persistent(
     schedule = schedule_of(temperatures, parameters, "persistent")
     if schedule is None:
         raise ValueError("persistent needs temperatures: tempered(...).freeze_schedule() finds them.")
-    path = Path.of(posterior, proposal, "persistent")
+    path = Path(posterior, proposal)
     settings = Settings(num_particles, num_moves, check_method(method, num_particles, num_particles), False)
     if key is None:
         return _persistent(path, kernel, settings, schedule)
@@ -108,6 +108,7 @@ def _persistent_keyed(path: Path, kernel: Kernel, settings: Settings, schedule: 
 
 def _persistent(path: Path, kernel: Kernel, settings: Settings, schedule: Schedule) -> Sampled:
     """Run through all temperatures; a keyless program. The pool has a row of particles for each temperature, 0 too."""
+    path = path.checked("persistent")
     latents, log_ratio = jax.vmap(lambda _: path.draw())(jnp.arange(settings.num_particles))
     betas = jnp.concatenate([jnp.zeros(1), schedule.temperatures]).astype(log_ratio.dtype)
     rows = betas.shape[0]

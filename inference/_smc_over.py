@@ -284,11 +284,11 @@ def _run(
         if settings.schedule.resampled.shape != (steps,):
             raise ShapeError(f"{what}: the schedule has {settings.schedule.resampled.shape[0]} steps, not {steps}.")
     at = cast(Family, family if callable(family) else family.__getitem__)
-    path = Path.of(at(0), proposal, what)
+    arguments = (family, steps, kernel, parameters, settings, proposal, what)
     if key is None:
-        return _keyless(family, steps, path, kernel, parameters, settings)
+        return _keyless(*arguments)
     check_key(key)
-    return check_sampled(_with_key(key, family, steps, path, kernel, parameters, settings), at(steps - 1), what)
+    return check_sampled(_with_key(key, *arguments), at(steps - 1), what)
 
 
 @compiled
@@ -296,7 +296,11 @@ def _with_key(key: Any, *arguments: Any) -> Sampled:
     return keyed(lambda: _keyless(*arguments))(key)
 
 
-def _keyless(family: Any, steps: int, path: Path, kernel: Kernel, parameters: Any, settings: _Settings) -> Sampled:
+def _keyless(
+    family: Any, steps: int, kernel: Kernel, parameters: Any, settings: _Settings, proposal: Any, what: str
+) -> Sampled:
+    at = cast(Family, family if callable(family) else family.__getitem__)
+    path = Path(at(0), proposal).checked(what)
     latents, log_weights = jax.vmap(lambda _: path.draw())(jnp.arange(settings.num_particles))
     start = unadapted(kernel, Target(path.posterior), latents)
     tuned = parameters is None and settings.schedule is None and tunable(start)
@@ -308,8 +312,6 @@ def _keyless(family: Any, steps: int, path: Path, kernel: Kernel, parameters: An
     frozen = settings.schedule
     own = (None, None) if frozen is None else (frozen.parameters, frozen.resampled)
     cloud, first = _after_weighing(path.posterior, kernel, settings, tuned, cloud, jax.tree.map(lambda x: x[0], own))
-
-    at = cast(Family, family if callable(family) else family.__getitem__)
 
     def step(cloud: _Cloud, inputs: Any) -> Any:
         number, own = inputs

@@ -105,7 +105,7 @@ def tempered(
     check_settings(num_particles, num_moves, target_ess, max_temperatures, waste_free)
     settings = Settings(num_particles, num_moves, check_method(method, num_particles, num_particles), waste_free)
     schedule = schedule_of(temperatures, parameters, "tempered")
-    path = Path.of(posterior, proposal, "tempered")
+    path = Path(posterior, proposal)
     if key is None:
         if schedule is None:
             raise ValueError("tempered without a key is a keyless program, whose temperatures must be given.")
@@ -207,6 +207,7 @@ def _joined(first: Any, path: Any) -> Any:
 
 def _fixed(path: Path, kernel: Kernel, settings: Settings, schedule: Schedule) -> Sampled:
     """Run through fixed temperatures; a keyless program."""
+    path = path.checked("tempered")
     cloud = first_cloud(path, settings.num_particles)
     betas = jnp.asarray(schedule.temperatures, cloud.beta.dtype)
     given = schedule.parameters
@@ -254,6 +255,7 @@ def _adaptive(
     path: Path, kernel: Kernel, settings: Settings, parameters: Any, target_ess: Any, most: int, key: Any
 ) -> tuple[Sampled, Any]:
     """Find the temperatures on the way; records past the last one repeat it."""
+    path = path.checked("tempered")
     key_draw, key_run = jax.random.split(key)
     cloud = keyed(lambda: first_cloud(path, settings.num_particles))(key_draw)
     start = unadapted(kernel, path.at(jnp.ones_like(cloud.beta)), cloud.latents)
