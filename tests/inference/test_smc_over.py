@@ -58,10 +58,10 @@ def test_every_run_with_a_frozen_schedule(x64):
         posterior, Flip("z"), num_particles=2, schedule=schedule, num_moves=1
     )
     inference.assert_valid(lambda posterior: run(posterior).particles, COIN())
-    pilot = inference.data_tempered(COIN(), Flip("z"), key=KEY, num_particles=6, num_moves=1, threshold=0.97)
+    pilot = inference.data_tempered(COIN(), Flip("z"), key=KEY, num_particles=200, num_moves=1, threshold=0.95)
     assert pilot.resampled.any() and not pilot.resampled.all() and not pilot.unbiased
     again = inference.data_tempered(
-        COIN(), Flip("z"), key=KEY, num_particles=6, num_moves=1, schedule=pilot.freeze_schedule()
+        COIN(), Flip("z"), key=KEY, num_particles=200, num_moves=1, schedule=pilot.freeze_schedule()
     )
     assert again.unbiased and again.log_evidence == pilot.log_evidence
 

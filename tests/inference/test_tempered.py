@@ -161,7 +161,7 @@ PATHS = {
 @pytest.mark.parametrize("name", PATHS)
 def test_the_densities_between(x64, name):
     """Each is a weighted mean of the two ends, and a draw's weight is the ratio of the ends; also on the real line."""
-    path = Path.of(*PATHS[name](), "test")
+    path = Path(*PATHS[name]()).checked("test")
     z, weight = inference.keyed(path.draw)(KEY)
     log_gamma, ratio = path.posterior.log_density(z), path.log_ratio(z)
     np.testing.assert_allclose(ratio, weight, rtol=1e-11)
