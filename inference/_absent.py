@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from numpyro import distributions as dist
 
-from expectax.ppl import ControlFlowError, Posterior
+from expectax.ppl import ControlFlowError, Posterior, sample
 from expectax.ppl._joint_values import element_supports
-from expectax.ppl._nested import Choices, leaves_of
+from expectax.ppl._masked import expand
+from expectax.ppl._nested import Choices, leaves_of, merged, nested
 from expectax.ppl._posterior import is_discrete
 from expectax.ppl._table import Entry
 
@@ -34,19 +36,70 @@ def absent_log_density(posterior: Posterior, latents: Choices, paths: frozenset[
     return total
 
 
-def _pseudo_prior(posterior: Posterior, path: str, entry: Entry, value: Any) -> Any:
-    """Return the log pseudo-prior of each element."""
+def refreshed(posterior: Posterior, latents: Choices, *, strict: bool = True) -> Choices:
+    """Draw the latents that are not made from the pseudo-prior; a keyless program.
+
+    What a drawn particle, or a map from the unconstrained scale, has in their place is no draw of anything: a kernel on the
+    extended space would be started wrongly. Drawing them anew is a Gibbs step. Without `strict`, latents that have no
+    pseudo-prior stay as they are.
+    """
+    paths = conditional_paths(posterior)
+    if not paths:
+        return latents
+    entries, values = dict(leaves_of(posterior.latent_sites())), dict(leaves_of(latents))
+    present, found = posterior.present(latents), []
+    for path in sorted(paths):
+        try:
+            drawn = _drawn(posterior, path, entries[path])
+        except ControlFlowError:
+            if strict:
+                raise
+            continue
+        found.append((path, jnp.where(expand(present[path], drawn), values[path], drawn.astype(values[path].dtype))))
+    return merged(latents, nested(found))
+
+
+def without_absent(posterior: Posterior, latents: Choices) -> Choices:
+    """Put the first value of its support in the place of each finite latent that is not made."""
+    paths, found = conditional_paths(posterior), []
+    present = posterior.present(latents) if paths else {}
+    for path, value in leaves_of(latents):
+        if path in paths:
+            first = jnp.broadcast_to(element_supports(posterior)[path][0], jnp.shape(value)).astype(value.dtype)
+            value = jnp.where(expand(present[path], first), value, first)
+        found.append((path, value))
+    return nested(found)
+
+
+def _drawn(posterior: Posterior, path: str, entry: Entry) -> Any:
+    """Draw from the pseudo-prior of all elements."""
+    _refuse(posterior, path, entry)
+    name = path.replace("/", ".")
+    if is_discrete(entry):
+        support = element_supports(posterior)[path]
+        index = sample(f"absent {name}", dist.Categorical(logits=jnp.zeros((*entry.elements, support.shape[0]))))
+        return jnp.reshape(support[index], entry.shape)
+    bijection = dist.biject_to(entry.site.support)
+    shape = jax.eval_shape(bijection.inv, jax.ShapeDtypeStruct(entry.shape, entry.dtype)).shape
+    return bijection(sample(f"absent {name}", dist.Normal(jnp.zeros(shape), 1.0)))
+
+
+def _refuse(posterior: Posterior, path: str, entry: Entry) -> None:
+    """Refuse a latent without a pseudo-prior."""
     if entry.missing is not None:
         raise _refused(entry, path, "is partly observed")
-    if is_discrete(entry):
-        count = element_supports(posterior)[path].shape[0]
-        if count == 0:
-            raise _refused(entry, path, "has no finite, known support")
-        return jnp.full(entry.elements, -jnp.log(count))
-    support = entry.site.support
-    if support is None:
+    if is_discrete(entry) and element_supports(posterior)[path].shape[0] == 0:
+        raise _refused(entry, path, "has no finite, known support")
+    if not is_discrete(entry) and entry.site.support is None:
         raise _refused(entry, path, "has a support that depends on other choices")
-    bijection = dist.biject_to(support)
+
+
+def _pseudo_prior(posterior: Posterior, path: str, entry: Entry, value: Any) -> Any:
+    """Return the log pseudo-prior of each element."""
+    _refuse(posterior, path, entry)
+    if is_discrete(entry):
+        return jnp.full(entry.elements, -jnp.log(element_supports(posterior)[path].shape[0]))
+    bijection = dist.biject_to(entry.site.support)
     unconstrained = bijection.inv(value)
     jacobian = bijection.log_abs_det_jacobian(unconstrained, value)
     return _per_element(dist.Normal(0.0, 1.0).log_prob(unconstrained), entry) - _per_element(jacobian, entry)

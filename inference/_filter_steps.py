@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from expectax.ppl import AddressError, Posterior, _jax, sample
+from expectax.ppl import AddressError, Posterior, ShapeError, _jax, sample
 from expectax.ppl._evaluate import walk
 from expectax.ppl._masked import Masked
 from expectax.ppl._match import check_drawn
@@ -199,7 +199,12 @@ class FilterSteps(NamedTuple):
             return None
 
         def particle(state: Any, before: Any) -> Any:
-            return as_weight(auxiliary(self.context(state, before, time, observed)))
+            found = as_weight(auxiliary(self.context(state, before, time, observed)))
+            if jnp.shape(found) != ():
+                raise ShapeError(
+                    f"auxiliary must return one log weight, a scalar, got shape {jnp.shape(found)}: sum over it."
+                )
+            return found
 
         ahead = jax.vmap(particle)(cloud.state, cloud.before)
         top = jnp.max(ahead)

@@ -45,6 +45,7 @@ class Filtered(eqx.Module):
         resampled: whether the particles were resampled before each time.
         eves: which particle of the start each particle descends from.
         history: a `History`; None where nothing was stored.
+        reverse: whether the scan goes backwards through the arrays.
         unbiased: whether $\hat Z$ is unbiased. It is for this filter with any threshold: that the decision to resample
             depends on the particles does not matter, since given the past each step keeps the mean (Whiteley, Lee and
             Heine 2016; limit theorems in Del Moral, Doucet and Jasra 2012).
@@ -72,6 +73,7 @@ class Filtered(eqx.Module):
     eves: Int[Array, " n"]
     history: History | None = None
     unbiased: bool = eqx.field(static=True, default=True)
+    reverse: bool = eqx.field(static=True, default=False)
 
     @property
     def log_evidence(self) -> Float[Array, ""]:

@@ -13,6 +13,7 @@ from expectax.ppl import ControlFlowError, DistributionError, NonFiniteError, Po
 from expectax.ppl._compile import compiled
 from expectax.ppl._match import check_guide
 from expectax.ppl._nested import leaves_of
+from expectax.ppl._posterior import check_posterior
 from expectax.ppl._staging import check_key
 
 from ._particles import Particles
@@ -50,6 +51,7 @@ def importance(
         >>> bool(abs(cloud.log_evidence - -1.5155) < 0.05)
         True
     """
+    check_posterior(posterior, "importance")
     check_key(key)
     if not isinstance(num_particles, int) or num_particles < 1:
         raise ValueError(f"importance needs a whole num_particles >= 1, got {num_particles!r}.")

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from expectax.ppl import Posterior, Program, _jax
+from expectax.ppl._posterior import check_posterior
 from expectax.ppl._progress import chunks, progress_bar
 from expectax.ppl._staging import check_key
 
@@ -86,6 +87,7 @@ def mcmc(
         >>> bool(abs(chains.mean()["z"] - 0.5) < 0.15)
         True
     """
+    check_posterior(posterior, "mcmc")
     check_key(key)
     check_kernel_value(kernel, "mcmc")
     if min(num_samples, num_chains, thinning) < 1 or num_warmup < 0:

@@ -20,7 +20,7 @@ from ._target import Target
 class MetropolisHastings(eqx.Module):
     """A Metropolis-Hastings kernel; made by `mh`. Example: see `mh`."""
 
-    proposal: Callable[[Choices], Program] = eqx.field(static=True)
+    proposal: Callable[[Choices], Program]
     name: str = eqx.field(static=True, default="mh")
 
     def init(self, target: Target, latents: Choices) -> State:

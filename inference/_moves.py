@@ -11,7 +11,9 @@ from jaxtyping import Array, Float
 
 from expectax.ppl._nested import Choices
 
+from ._absent import refreshed
 from ._kernel import Kernel
+from ._on import check_memoryless
 from ._target import Target
 from ._weights import normalized_weights
 
@@ -51,7 +53,8 @@ def moved(
         parameters = with_step_towards(parameters, kernel, rate) if tuned else parameters
         return (states, parameters), (latents_of(states) if every else None, rate)
 
-    start = (jax.vmap(lambda z: kernel.init(target, z))(latents), parameters)
+    check_memoryless(kernel, "an SMC sampler")
+    start = (jax.vmap(lambda z: kernel.init(target, refreshed(target.posterior, z)))(latents), parameters)
     (states, parameters), (path, rates) = lax.scan(move, start, None, length=num_moves)
     return Moved(path if every else latents_of(states), jnp.mean(rates), parameters)
 

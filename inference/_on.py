@@ -13,6 +13,7 @@ from expectax.ppl._keyless import keyed
 from expectax.ppl._nested import Choices, leaves_of, merged, nested
 from expectax.ppl._selection import chosen_by, select
 
+from ._absent import refreshed
 from ._accept import check_exact_density
 from ._kernel import Adaptation, Info, Kernel, Stage, State, check_kernel_value
 from ._target import Target
@@ -37,9 +38,10 @@ class On(eqx.Module):
 
     def step(self, target: Target, state: State, parameters: Any) -> tuple[State, Info]:
         """Move the selected latents given the others."""
-        own, rest = self.apart(target, state.position)
+        position = refreshed(target.posterior, state.position)
+        own, rest = self.apart(target, position)
         moved, after, info = moved_by(self.kernel, target.given(rest), own, parameters)
-        latents = merged(state.position, moved)
+        latents = merged(position, moved)
         whole = State(latents, target.log_density(latents))
         return whole, info._replace(energy=-whole.log_density, parts=((after, info),))
 
@@ -111,6 +113,7 @@ def on(selection: str | Selection | Iterable[Any], kernel: Kernel) -> On:
 
 def moved_by(kernel: Kernel, target: Target, latents: Choices, parameters: Any) -> tuple[Choices, State, Info]:
     """Return where a kernel moves latents to, its state there and what it told."""
+    latents = refreshed(target.posterior, latents)
     after, info = kernel.step(target, kernel.init(target, latents), parameters)
     return kernel.latents(target, after.position), after, info
 

@@ -12,14 +12,16 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import PRNGKeyArray
 
-from expectax.ppl import ControlFlowError, Posterior, _jax
+from expectax.ppl import ControlFlowError, NonFiniteError, Posterior, _jax
 from expectax.ppl._compile import compiled
 from expectax.ppl._evaluate import walk
 from expectax.ppl._keyless import keyed
 from expectax.ppl._nested import Choices, leaves_of, merged, nested
+from expectax.ppl._posterior import check_posterior
 from expectax.ppl._staging import check_key
 from expectax.ppl._visitors import rebinding
 
@@ -97,10 +99,32 @@ def particle_filter(
         >>> bool(jnp.ptp(adapted.log_weights[-1]) < 1e-5)
         True
     """
+    check_posterior(posterior, "particle_filter")
     check_key(key)
     check_settings(num_particles, ess_threshold, method, store)
     settings = (num_particles, proposal, auxiliary, float(ess_threshold), method, store)
-    return _filter(posterior, key, *settings)
+    filtered = _filter(posterior, key, *settings)
+    if not _jax.is_traced(filtered.ess):
+        _check_alive(filtered)
+    return filtered
+
+
+def _check_alive(filtered: Filtered) -> None:
+    """Refuse a run whose particles have all died, or whose weights are nan, naming the step."""
+    evidence = float(filtered.log_evidence)
+    if np.isfinite(evidence):
+        return
+    what, step = ("a weight is nan" if np.isnan(evidence) else "all particles have weight 0"), ""
+    if filtered.history is not None:
+        weights = np.asarray(filtered.history.log_weights)
+        bad = np.isnan(weights).any(1) | np.isneginf(weights).all(1)
+        order = np.flatnonzero(bad)[:: -1 if filtered.reverse else 1]
+        step = f" at step {order[0]} of the scan's arrays" if len(order) else ""
+    raise NonFiniteError(
+        f"particle_filter: {what}{step}, so that the evidence is {np.exp(evidence)}. Look at the observation there, or use more "
+        "particles, or a proposal that sees it. The error's `result` holds the run.",
+        filtered,
+    )
 
 
 @compiled
@@ -206,7 +230,8 @@ def _result(steps: FilterSteps, start: Cloud, values: Any, before: Any, final: C
     history = None
     if scanned is not None:
         history = History(posterior.latents(before), start.log_weights, scanned, record.log_weights, record.ancestors)
-    return Filtered(particles, record.ess, record.resampled, final.eves, history)
+    reverse = bool(sequence.cut.scan.params["reverse"])
+    return Filtered(particles, record.ess, record.resampled, final.eves, history, reverse=reverse)
 
 
 def _unobserved(choices: Choices, posterior: Posterior) -> Choices:

@@ -22,10 +22,13 @@ from expectax.ppl import AddressError, Posterior, Program, ShapeError, _jax, sam
 from expectax.ppl._masked import Masked
 from expectax.ppl._match import check_drawn, check_guide
 from expectax.ppl._nested import Choices, leaves_of, merged, nested
+from expectax.ppl._posterior import check_posterior
 from expectax.ppl._program import bound_program
 
+from ._absent import refreshed
 from ._ancestors import Ancestors, Method
 from ._kernel import Kernel
+from ._on import check_memoryless
 from ._particles import Particles
 from ._sequence import Sequence, prefix
 from ._target import Target
@@ -109,6 +112,7 @@ def spawn(
         raise ValueError(f"spawn needs a whole num_particles >= 1, got {num_particles!r}.")
     if time not in (None, 0) or (time == 0 and proposal is not None):
         raise ValueError("spawn takes time=0 or None, and a proposal only for the whole posterior: give it to advance.")
+    check_posterior(posterior, "spawn")
     refuse_missing(posterior, "spawn")
     target = posterior if time is None else prefix(posterior, 0, "spawn")
     if proposal is not None:
@@ -297,6 +301,7 @@ def extend(population: Population, posterior: Posterior, *, proposal: Any = None
 
     def particle(z: Choices) -> Any:
         drawn, log_q = _proposed(proposal, z)
+        _check_new(z, posterior, drawn)
         given = merged(z, posterior.observations, drawn)
         posterior.program.given(given)  # names and shapes
         outcome = posterior.program.rebind(given)
@@ -305,6 +310,25 @@ def extend(population: Population, posterior: Posterior, *, proposal: Any = None
 
     latents, ratio = jax.vmap(particle)(population.latents)
     return Population(posterior, latents, weighed(population.log_weights, ratio), population.log_offset)
+
+
+def _check_new(old: Choices, posterior: Posterior, drawn: Choices) -> None:
+    """Refuse to observe what the particles have chosen, and to draw what is no new latent."""
+    before, after = {path for path, _ in leaves_of(old)}, {path for path, _ in leaves_of(posterior.latent_sites())}
+    if lost := sorted(before - after):
+        raise AddressError(
+            f"extend: {lost[0]!r} is a latent of the population, but none of the new posterior. Use change to leave it behind."
+        )
+    for path, _ in leaves_of(drawn):
+        if path in before or path not in after:
+            raise AddressError(
+                f"extend: the proposal draws {path!r}, which is "
+                + (
+                    "an old latent; use rejuvenate or change to move it."
+                    if path in before
+                    else "no latent of the new posterior."
+                )
+            )
 
 
 def rejuvenate(population: Population, kernel: Kernel, parameters: Any = None, *, num_steps: int = 1) -> Population:
@@ -336,11 +360,12 @@ def rejuvenate(population: Population, kernel: Kernel, parameters: Any = None, *
         >>> bool(abs(inference.keyed(run)(jax.random.key(0)) - 0.5) < 0.1)
         True
     """
+    check_memoryless(kernel, "rejuvenate")
     target = Target(population.target)
     refuse_missing(population.posterior, "rejuvenate")
 
     def particle(latents: Choices) -> Choices:
-        state = kernel.init(target, latents)
+        state = kernel.init(target, refreshed(target.posterior, latents))
         own = kernel.adaptation(target, state).unadapted if parameters is None else parameters
 
         def step(state: Any, _: Any) -> tuple[Any, None]:

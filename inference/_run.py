@@ -12,6 +12,7 @@ from expectax.ppl import Posterior
 from expectax.ppl._compile import compiled
 from expectax.ppl._keyless import keyed
 
+from ._absent import refreshed
 from ._devices import over_chains
 from ._kernel import Info, Kernel, State
 from ._reducers import Reducer
@@ -34,7 +35,7 @@ def warm_up(posterior: Posterior, kernel: Kernel, key: Any, start: Any, num_warm
 
     def one(key: Any, latents: Any) -> Any:
         key_init, key_run = jax.random.split(key)
-        state = keyed(lambda latents: kernel.init(target, latents))(key_init, latents)
+        state = keyed(lambda z: kernel.init(target, refreshed(posterior, z, strict=False)))(key_init, latents)
         adaptation = kernel.adaptation(target, state)
         if num_warmup == 0:
             return state, adaptation.unadapted

@@ -317,7 +317,8 @@ def _keyless(
         number, own = inputs
         posterior = at(number)
         density = jax.vmap(posterior.log_density_inside)(cloud.latents)
-        change = jnp.where(jnp.isneginf(density), -jnp.inf, density - cloud.log_density)
+        gone = jnp.isneginf(density) | jnp.isneginf(cloud.log_density)
+        change = jnp.where(gone, -jnp.inf, density - jnp.where(gone, 0.0, cloud.log_density))
         cloud = cloud._replace(log_density=density, log_weights=weighed(cloud.log_weights, change))
         return _after_weighing(posterior, kernel, settings, tuned, cloud, own)
 

@@ -183,7 +183,8 @@ def _parents(
 
 
 def _drawn(address: str, logits: Any) -> Any:
-    """Draw an index in each row."""
+    """Draw an index in each row; any, where all are impossible: the evidence then is 0."""
+    logits = jnp.where(jnp.all(jnp.isneginf(logits), axis=-1, keepdims=True), 0.0, logits)
     index = jax.vmap(lambda row: sample(address, dist.Categorical(logits=row)))(logits)
     return jnp.asarray(index, jnp.int32)
 
@@ -259,6 +260,7 @@ def fixed_lag_mean(filtered: Filtered, lag: int) -> Any:
 
     Raises:
         ValueError: the lag is negative, or nothing was stored.
+        ControlFlowError: the scan goes backwards.
 
     Sources: Kitagawa and Sato 2001; Olsson, Cappé, Douc and Moulines 2008.
 
@@ -278,6 +280,8 @@ def fixed_lag_mean(filtered: Filtered, lag: int) -> Any:
     """
     if lag < 0:
         raise ValueError(f"fixed_lag_mean needs a lag >= 0, got {lag}.")
+    if filtered.reverse:
+        raise ControlFlowError("fixed_lag_mean: the scan goes backwards through its arrays. Use smooth.")
     length, count = filtered.log_weights.shape
     times = jnp.arange(length)
     seen = jnp.minimum(times + lag, length - 1)

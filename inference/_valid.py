@@ -13,6 +13,7 @@ from expectax.ppl import Posterior
 from expectax.ppl._joint_values import joint_values
 from expectax.ppl._nested import leaves_of
 
+from ._absent import without_absent
 from ._exact import exact
 from ._particles import Particles
 from ._population import Population
@@ -34,7 +35,7 @@ def assert_valid(
 
     Args:
         algorithm: a keyless program of the posterior that returns `Particles` or a `Population`.
-        posterior: a target with few finite latents, none in a branch.
+        posterior: a target with few finite latents. Of those in a branch that is not taken the value does not matter.
         tolerance: the largest error allowed, relative to the largest density; by default 1e-10 in float64, 1e-5 in
             float32.
 
@@ -54,7 +55,10 @@ def assert_valid(
         >>> posterior = model().given({"y": 1.0})
         >>> inference.assert_valid(lambda target: inference.resample(inference.spawn(target, 2)), posterior)
     """
-    values = joint_values(posterior, "assert_valid")
+    values = joint_values(posterior, "assert_valid", conditional=True)
+    plain = jax.vmap(lambda z: without_absent(posterior, z))
+    kept = np.asarray(jnp.diagonal(matches(values, plain(values))))
+    values = jax.tree.map(lambda x: x[kept], values)
     expected = np.exp(np.asarray(jax.jit(jax.vmap(posterior.log_density))(values)))
 
     def masses() -> Any:
@@ -63,7 +67,7 @@ def assert_valid(
         if not isinstance(particles, Particles):
             raise TypeError(f"assert_valid: the algorithm must return Particles or a Population, got {result!r}.")
         weights = jnp.exp(particles.log_weights + particles.log_offset) / particles.log_weights.shape[0]
-        same = matches(values, particles.choices)
+        same = matches(values, plain(particles.choices))
         return same.astype(weights.dtype) @ weights
 
     found = np.asarray(exact(masses).expectation())

@@ -149,6 +149,8 @@ def _walk_callable(value: Any, seen: _Seen) -> Any:
         return _walk_function(value, seen)
     if isinstance(value, types.MethodType):
         return (_walk(value.__func__, seen, False), _walk(value.__self__, seen, False))
+    if isinstance(value, jax.tree_util.Partial):  # a pytree: its arrays are data
+        return (jax.tree_util.Partial, _walk(value.func, seen, False), _walk((value.args, value.keywords), seen, True))
     if isinstance(value, functools.partial):
         return (_walk(value.func, seen, False), _walk(value.args, seen, False), _walk(value.keywords, seen, False))
     return None

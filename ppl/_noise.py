@@ -127,7 +127,7 @@ def _cut(numbers: jax.Array, sizes: list[tuple[int, int, int]]) -> list[jax.Arra
     ends = np.cumsum([rows * half for rows, half, _ in sizes])
     arrays = []
     for (rows, half, wanted), end in zip(sizes, ends, strict=True):
-        own = numbers[:, end - rows * half : end].reshape(-1, rows, half)
+        own = numbers[:, end - rows * half : end].reshape(numbers.shape[0], rows, half)
         arrays.append(jnp.concatenate(list(own), axis=1)[:, :wanted])
     return arrays
 

@@ -283,6 +283,15 @@ class Posterior:
         return merged(checked, nested(given.items()))
 
 
+def check_posterior(value: Any, what: str) -> None:
+    """Refuse what is no posterior, and say how to make one."""
+    if not isinstance(value, Posterior):
+        hint = ": condition it first, program.given({...}) ({} for no data)" if isinstance(value, Program) else ""
+        raise TypeError(
+            f"{what} at {_jax.caller()} takes a posterior, model(arguments).given(observations), got {value!r}{hint}."
+        )
+
+
 def is_discrete(entry: Entry) -> bool:
     """Tell whether a site takes separate values; a distribution of counts may still draw them as floats."""
     support = entry.site.support
