@@ -1,5 +1,6 @@
 """Settings for every test, made before JAX is imported."""
 
+import gc
 import os
 
 os.environ["NPROC"] = "8"  # two LAPACK calls in one program can deadlock on two cores (DESIGN section 6)
@@ -22,3 +23,11 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_freed():
+    """Forget a module's compiled programs: each holds memory maps, of which Linux gives a process 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
