@@ -33,7 +33,7 @@ from expectax.ppl._visitors import rebinding
 from ._ancestors import Ancestors, Method
 from ._population import weighed
 from ._sequence import Sequence
-from ._weights import effective_sample_size, log_mean_exp
+from ._weights import log_mean_and_size
 
 _DEEPEST = 10.0
 """How far below the largest look-ahead weight another one may lie: a particle with weight must stay possible, also in
@@ -62,13 +62,18 @@ Proposal = Callable[[StepContext], Any]
 
 
 class Cloud(NamedTuple):
-    """The particles on their way: where each stands in the scan, its latents before it, the weights, the Eve indices."""
+    """The particles on their way: where each stands in the scan, its latents before it, the weights, the Eve indices.
+
+    `log_mean` and `ess` are those of the weights.
+    """
 
     state: list[Any]
     before: Choices
     log_weights: Any
     log_offset: Any
     eves: Any
+    log_mean: Any
+    ess: Any
 
 
 class Record(NamedTuple):
@@ -128,7 +133,8 @@ class FilterSteps(NamedTuple):
         carried = self.store != "trajectories" or self.proposal is not None or self.auxiliary is not None
         before = self.posterior.latents(choices) if carried else {}
         eves = jnp.arange(self.num_particles)
-        return Cloud(self.states_of(values), before, log_weights, jnp.zeros(()), eves), values, choices
+        cloud = Cloud(self.states_of(values), before, log_weights, jnp.zeros(()), eves, *log_mean_and_size(log_weights))
+        return cloud, values, choices
 
     def step(self, cloud: Cloud, time: Any, observed: Choices) -> tuple[Cloud, Record]:
         """Resample if needed, propagate, weigh."""
@@ -139,12 +145,13 @@ class FilterSteps(NamedTuple):
 
         state, choices, outputs, change = jax.vmap(particle)(cloud.state, cloud.before)
         log_weights = weighed(cloud.log_weights, change)
-        record = Record(effective_sample_size(log_weights), needed)
+        log_mean, ess = log_mean_and_size(log_weights)
+        record = Record(ess, needed)
         if self.store != "evidence":
             record = record._replace(ancestors=index, choices=choices, log_weights=log_weights)
         if self.store == "trajectories" and self.sequence.has_more:
             record = record._replace(outputs=outputs)
-        return cloud._replace(state=state, log_weights=log_weights), record
+        return cloud._replace(state=state, log_weights=log_weights, log_mean=log_mean, ess=ess), record
 
     def context(self, state: Any, before: Any, time: Any, observed: Choices) -> StepContext:
         """Return what a proposal sees."""
@@ -174,21 +181,24 @@ class FilterSteps(NamedTuple):
     def _resampled(self, cloud: Cloud, time: Any, observed: Choices) -> tuple[Cloud, Any, Any]:
         """Resample if needed; the weights' mean goes into the offset, so that the evidence stays unbiased."""
         ahead = self._ahead(cloud, time, observed)
-        log_weights = cloud.log_weights if ahead is None else weighed(cloud.log_weights, ahead)
+        log_weights, log_mean, ess = cloud.log_weights, cloud.log_mean, cloud.ess
+        if ahead is not None:
+            log_weights = weighed(log_weights, ahead)
+            log_mean, ess = log_mean_and_size(log_weights)
         everyone = jnp.arange(self.num_particles, dtype=jnp.int32)
 
         def chosen(cloud: Cloud) -> tuple[Cloud, Any]:
             index = sample("ancestors", Ancestors(log_weights, method=self.method))
             state, before, eves = jax.tree.map(lambda v: v[index], (cloud.state, cloud.before, cloud.eves))
             after = jnp.zeros_like(log_weights) if ahead is None else -ahead[index]
-            return Cloud(state, before, after, cloud.log_offset + log_mean_exp(log_weights), eves), index
+            return Cloud(state, before, after, cloud.log_offset + log_mean, eves, jnp.zeros_like(log_mean), ess), index
 
         if self.threshold == 0.0:
             return cloud, jnp.asarray(False), everyone
         if self.threshold == 1.0:
             cloud, index = chosen(cloud)
             return cloud, jnp.asarray(True), index
-        needed = effective_sample_size(log_weights) < self.threshold * self.num_particles
+        needed = ess < self.threshold * self.num_particles
         cloud, index = lax.cond(needed, chosen, lambda cloud: (cloud, everyone), cloud)
         return cloud, needed, index
 

@@ -5,6 +5,7 @@ Sources: Welford 1962; Chan, Golub and LeVeque 1983 for the pooled moments.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ class Covariance(NamedTuple):
         return Covariance(jnp.sum(self.count), mean, jnp.sum(self.scatter, 0) + between)
 
 
+@functools.lru_cache(maxsize=64)  # the same reducer again, so that a second run compiles nothing
 def running_mean(of: Callable[[Choices], Any] = lambda latents: latents) -> Reducer:
     r"""Average a function of the draws as they come: $\bar f_n = \bar f_{n-1} + (f(z_n) - \bar f_{n-1}) / n$.
 
@@ -118,6 +120,7 @@ def running_mean(of: Callable[[Choices], Any] = lambda latents: latents) -> Redu
     return Reducer(init, update)
 
 
+@functools.lru_cache(maxsize=64)
 def running_covariance(of: Callable[[Choices], Any] = lambda latents: latents) -> Reducer:
     r"""Gather mean and covariance of the draws as they come, by Welford's recursion.
 

@@ -34,6 +34,16 @@ def normalized_weights(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
     return weights / jnp.sum(weights)
 
 
+def log_mean_and_size(log_weights: Float[Array, " n"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return `log_mean_exp` and `effective_sample_size` of the weights, from one exponential of each."""
+    top = jnp.max(log_weights)
+    dead = jnp.isneginf(top)
+    weights = jnp.exp(log_weights - jnp.where(dead, 0.0, top))
+    count, total = log_weights.shape[0], jnp.sum(weights)
+    size = jnp.where(dead, 1.0 * count, total**2 / jnp.sum(weights**2))
+    return top + jnp.log(total / count), size
+
+
 def effective_sample_size(log_weights: Float[Array, " n"]) -> Float[Array, ""]:
     r"""Return $(\sum_i w_i)^2 / \sum_i w_i^2$ (Kong, Liu and Wong 1994).
 

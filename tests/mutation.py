@@ -207,8 +207,8 @@ MUTANTS = [
     Mutant(
         "a filter's evidence leaves the look-ahead out",
         "inference/_filter_steps.py",
-        "cloud.log_offset + log_mean_exp(log_weights), eves)",
-        "cloud.log_offset + log_mean_exp(cloud.log_weights), eves)",
+        "cloud.log_offset + log_mean, eves",
+        "cloud.log_offset + cloud.log_mean, eves",
         FILTERS,
     ),
     Mutant(
