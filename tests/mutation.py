@@ -358,7 +358,7 @@ def run_tests(where: pathlib.Path, tests: str) -> tuple[int, str]:
     found = subprocess.run([sys.executable, "-c", origin], env=environment, cwd=where, capture_output=True, text=True)
     if found.returncode == 0:
         assert found.stdout.startswith(str(where)), found.stdout
-    command = [sys.executable, "-m", "pytest", "-n0", "-x", "-q", "-m", "not slow", *tests.split()]
+    command = [sys.executable, "-m", "pytest", "-n0", "-x", "-q", "-m", "not by_hand", *tests.split()]
     done = subprocess.run(command, env=environment, cwd=where, capture_output=True, text=True)
     return done.returncode, done.stdout[-2000:] + done.stderr[-500:]
 

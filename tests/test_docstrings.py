@@ -32,10 +32,20 @@ def examples_of(module: ModuleType) -> list[doctest.DocTest]:
     return [test for test in tests.values() if test.examples]
 
 
-LONG = {f"expectax.models.{name}" for name in ("_air", "_sigmoid_belief", "_vae", "_spatial")} | {
-    f"expectax.{name}"
-    for name in ("vi._annealed", "vi._measure_valued", "vi._antithetic", "inference._pseudo_marginal")
-}
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+LONG = (
+    {f"expectax.models.{name}" for name in ("_air", "_sigmoid_belief", "_vae", "_spatial")}
+    | {f"expectax.{name}" for name in ("vi._annealed", "vi._measure_valued", "vi._antithetic")}
+    | {
+        f"expectax.inference.{name}"
+        for name in (
+            "_pseudo_marginal _population _compositions _tempered _smc_over _annealed_importance _persistent _particle_gibbs _replica "
+            "_auto_reparameterize _sbc _check_kernel _smoothing _langevin _random_walk _slice _elliptical _on _metropolis "
+            "_involutive _stochastic_gradient _diagnose _change"
+        ).split()
+    }
+)
 
 
 @pytest.mark.parametrize(

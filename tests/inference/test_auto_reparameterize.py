@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from expectax import dist, inference, ppl
 
 KEY = jax.random.key(20261128)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.slow]
 
 
 @ppl.model

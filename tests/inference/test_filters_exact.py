@@ -43,7 +43,7 @@ def test_models_of_every_form(name):
     prove(MODELS[name](), method="stratified", ess_threshold=0.95)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("method", METHODS)
 def test_three_particles(method):
     short = ppl.model(lambda: lax.scan(switch, 0.0, None, length=2)[1])().given({"y": Y[:2]})
@@ -168,7 +168,7 @@ def test_refusals():
         )
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.filterwarnings("ignore")
 def test_float32_evidence_of_a_million_particles():
     """Sums of a million float32 weights do not move the evidence: against the exact one, in the runs' own spread."""

@@ -8,6 +8,7 @@ import pytest
 from expectax import dist, inference, ppl, vi
 
 KEY = jax.random.key(0)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @ppl.model

@@ -141,7 +141,7 @@ SLOW = (
 )
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in KERNELS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.by_hand) if n in SLOW else n for n in KERNELS])
 def test_kernels_are_invariant(name):
     """What it would catch is in WRONG: each of them fails here."""
     target, kernel = KERNELS[name]

@@ -17,7 +17,7 @@ from expectax import dist, inference, ppl
 from helpers import two_stage
 
 KEY = jax.random.key(20261125)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.slow]
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ KERNELS = {  # (kernel, parameters, program, reversible), at an acceptance of 0.
 SLOW = ("nuts", "mixture", "repeat", "elliptical slice on one")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in KERNELS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.by_hand) if n in SLOW else n for n in KERNELS])
 def test_kernels_leave_posteriors_invariant(name):
     kernel, parameters, program, reversible = KERNELS[name]
 
@@ -182,7 +182,7 @@ def test_wrong_kernels_are_caught(name):
     assert check.p_value < 1e-6, check
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_our_own_leapfrog_is_right_when_nothing_is_wrong():
     """So that the wrong ones above are caught for what is wrong with them."""
     scaled = wrong.random_walk(lambda x: jnp.exp(jnp.tanh(x[0])), corrected=True)

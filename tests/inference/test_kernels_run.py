@@ -12,7 +12,7 @@ from expectax import dist, inference, ppl
 from helpers import count_compiles, two_stage_z
 
 KEY = jax.random.key(20261126)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.slow]
 
 
 # --- a mixture, end to end --------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ COMPOSED = {
 }
 
 
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.by_hand
 
 
 @pytest.mark.parametrize("name", ["cycle", *(pytest.param(n, marks=SLOW) for n in COMPOSED if n != "cycle")])

@@ -10,7 +10,7 @@ from expectax import inference
 from expectax.models import posteriordb
 
 KEY = jax.random.key(20261125)
-pytestmark = pytest.mark.slow  # a quarter of a minute each, but Lotka and Volterra's equations, which take minutes
+pytestmark = pytest.mark.by_hand  # a quarter of a minute each, but Lotka and Volterra's equations, which take minutes
 
 
 def worst_z(loaded: posteriordb.StanPosterior, chains: inference.Chains) -> tuple[float, str]:

@@ -15,7 +15,11 @@ from expectax import dist, inference, ppl
 from helpers import count_compiles
 
 KEY = jax.random.key(20261125)
-pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.filterwarnings("ignore:mcmc.*diverged")]
+pytestmark = [
+    pytest.mark.usefixtures("quick_compiles"),
+    pytest.mark.filterwarnings("ignore:mcmc.*diverged"),
+    pytest.mark.slow,
+]
 
 
 @ppl.model
@@ -152,7 +156,7 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize(
-    "kernel", ["inference.hmc()", pytest.param("inference.nuts(max_tree_depth=4)", marks=pytest.mark.slow)]
+    "kernel", ["inference.hmc()", pytest.param("inference.nuts(max_tree_depth=4)", marks=pytest.mark.by_hand)]
 )
 def test_chains_dealt_to_two_devices_are_the_same(kernel):
 

@@ -9,7 +9,11 @@ from expectax import dist, inference, ppl
 from helpers import count_compiles
 
 KEY = jax.random.key(20261129)
-pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.filterwarnings("ignore:mcmc.*diverged")]
+pytestmark = [
+    pytest.mark.usefixtures("quick_compiles"),
+    pytest.mark.filterwarnings("ignore:mcmc.*diverged"),
+    pytest.mark.slow,
+]
 MEAN, SCALES = np.array([3.0, -1.0, 0.5]), np.array([10.0, 0.1, 1.0])
 FACTOR = np.diag(SCALES) @ np.array([[1.0, 0, 0], [0.8, 0.6, 0], [0.0, 0.0, 1.0]])
 COVARIANCE = FACTOR @ FACTOR.T

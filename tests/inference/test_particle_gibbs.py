@@ -72,7 +72,7 @@ def check_invariant(posterior: Any, kernel: Any) -> Any:
 
 FEW = [("multinomial", rule) for rule in RULES] + [(method, "ancestor") for method in METHODS[1:]]
 REST = [(method, rule) for method in METHODS[1:] for rule in ("genealogy", "backward")]
-GRID = [*FEW, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
+GRID = [*FEW, *(pytest.param(*pair, marks=pytest.mark.by_hand) for pair in REST)]
 
 
 @pytest.mark.parametrize(("method", "rule"), GRID)
@@ -80,7 +80,7 @@ def test_every_rule_and_resampler(rule, method):
     assert check_invariant(MODELS["chain"](), inference.particle_gibbs(2, method=method, **RULES[rule])) > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("method", METHODS)
 def test_three_particles(method):
     """With two particles some errors in the reference's place cancel."""
@@ -89,7 +89,7 @@ def test_three_particles(method):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    "name", [pytest.param("several", marks=pytest.mark.slow), "backwards", "latents_before", "nested", "lanes"]
+    "name", [pytest.param("several", marks=pytest.mark.by_hand), "backwards", "latents_before", "nested", "lanes"]
 )
 def test_models_of_every_form(name, rule):
     check_invariant(MODELS[name](), inference.particle_gibbs(2, **RULES[rule]))

@@ -10,7 +10,7 @@ from expectax import dist, inference
 from helpers import two_stage_z
 
 KEY = jax.random.key(11)
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.by_hand
 STEP = {"step_size": jnp.asarray(0.6), "inverse_mass_matrix": jnp.ones(10)}
 KERNEL = inference.hmc(num_integration_steps=5)
 

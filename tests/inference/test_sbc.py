@@ -13,7 +13,7 @@ from expectax.inference._sbc import uniformity
 from helpers import two_stage
 
 KEY = jax.random.key(20261126)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.slow]
 
 
 @ppl.model
@@ -81,7 +81,7 @@ def test_a_right_sampler_has_uniform_ranks(name):
     two_stage(p_value, KEY, 1000)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.filterwarnings("ignore:mcmc.*diverged")
 def test_the_whole_of_mcmc_is_calibrated():
     """Warm-up and all: 20 thinned draws of short NUTS runs, from the simulated data of a gamma-Poisson model."""

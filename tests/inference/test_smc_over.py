@@ -12,7 +12,7 @@ from finite_kernels import Flip, Metropolis
 from helpers import count_compiles, two_stage_z
 
 KEY = jax.random.key(3)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.slow]
 
 
 @ex.model

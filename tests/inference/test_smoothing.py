@@ -14,7 +14,7 @@ from expectax.inference._online_filter import stepped
 from filter_models import MODELS, Y, coin, guided, look, switch
 from helpers import count_compiles, two_stage_z
 
-pytestmark = pytest.mark.usefixtures("x64", "quick_compiles")
+pytestmark = [pytest.mark.usefixtures("x64", "quick_compiles"), pytest.mark.slow]
 KEY = jax.random.key(20260806)
 
 

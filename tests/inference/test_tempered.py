@@ -16,7 +16,7 @@ from finite_kernels import Flip, Metropolis
 from helpers import count_compiles, two_stage_z
 
 KEY = jax.random.key(20261125)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = [pytest.mark.usefixtures("quick_compiles"), pytest.mark.slow]
 
 
 # --- exact: every run -------------------------------------------------------------------------------------------------
