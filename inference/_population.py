@@ -32,7 +32,7 @@ from ._on import check_memoryless
 from ._particles import Particles
 from ._sequence import Sequence, prefix
 from ._target import Target
-from ._weights import effective_sample_size, log_mean_exp
+from ._weights import effective_sample_size, log_mean_exp, weighed
 
 
 class Population(eqx.Module):
@@ -258,10 +258,10 @@ def reweight(population: Population, posterior: Posterior) -> Population:
     """
     whole(population, "reweight")
     refuse_missing(posterior, "reweight")
-    before, after = population.posterior, posterior
-    ratio = lambda z: after.log_density_inside(z) - before.log_density_inside(z)  # noqa: E731
-    log_weights = weighed(population.log_weights, jax.vmap(ratio)(population.latents))
-    return Population(posterior, population.latents, log_weights, population.log_offset)
+    before = population.posterior
+    ratio = lambda z: posterior.log_density_inside(z) - before.log_density_inside(z)  # noqa: E731
+    weights = weighed(population.log_weights, jax.vmap(ratio)(population.latents))
+    return Population(posterior, population.latents, weights, population.log_offset)
 
 
 def extend(population: Population, posterior: Posterior, *, proposal: Any = None) -> Population:
@@ -382,12 +382,6 @@ def rejuvenate(population: Population, kernel: Kernel, parameters: Any = None, *
         program, observations = target.posterior.program, target.posterior.observations
         state = jax.vmap(lambda z: program.rebind(merged(z, observations)).outputs)(latents)
     return _replaced(population, latents, population.log_weights, population.log_offset, state)
-
-
-def weighed(log_weights: Any, change: Any) -> Any:
-    """Return changed log weights; a particle without weight stays so, whatever its change."""
-    gone = jnp.isneginf(log_weights)
-    return jnp.where(gone, -jnp.inf, jnp.where(gone, 0.0, log_weights) + change)
 
 
 def _replaced(population: Population, latents: Any, log_weights: Any, log_offset: Any, state: Any) -> Population:

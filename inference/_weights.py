@@ -2,6 +2,8 @@ r"""Log weights: effective sample size, normalisation, and the log of a mean, al
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -54,3 +56,9 @@ def effective_sample_size(log_weights: Float[Array, " n"]) -> Float[Array, ""]:
         8.0
     """
     return 1.0 / jnp.sum(normalized_weights(log_weights) ** 2)
+
+
+def weighed(log_weights: Any, change: Any) -> Any:
+    """Return changed log weights; a particle without weight stays so, whatever its change."""
+    gone = jnp.isneginf(log_weights)
+    return jnp.where(gone, -jnp.inf, jnp.where(gone, 0.0, log_weights) + change)

@@ -68,8 +68,8 @@ MUTANTS = [
     ),
     population(
         "reweighting forgets the old density",
-        "after.log_density_inside(z) - before.log_density_inside(z)",
-        "after.log_density_inside(z)",
+        "posterior.log_density_inside(z) - before.log_density_inside(z)",
+        "posterior.log_density_inside(z)",
     ),
     population(
         "extension forgets the old density",
