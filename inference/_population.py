@@ -258,8 +258,7 @@ def reweight(population: Population, posterior: Posterior) -> Population:
     """
     whole(population, "reweight")
     refuse_missing(posterior, "reweight")
-    before = population.posterior
-    ratio = lambda z: posterior.log_density_inside(z) - before.log_density_inside(z)  # noqa: E731
+    ratio = lambda z: posterior.log_density_inside(z) - population.posterior.log_density_inside(z)  # noqa: E731
     weights = weighed(population.log_weights, jax.vmap(ratio)(population.latents))
     return Population(posterior, population.latents, weights, population.log_offset)
 

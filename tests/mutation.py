@@ -68,7 +68,7 @@ MUTANTS = [
     ),
     population(
         "reweighting forgets the old density",
-        "posterior.log_density_inside(z) - before.log_density_inside(z)",
+        "posterior.log_density_inside(z) - population.posterior.log_density_inside(z)",
         "posterior.log_density_inside(z)",
     ),
     population(
