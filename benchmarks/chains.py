@@ -83,7 +83,7 @@ def volatility_by_hand(u: Any) -> Any:
 
 
 CASES: dict[str, Any] = {
-    "eight schools": (eight_schools().given({"y": EFFECT}), schools_by_hand, 10, 1000, 9),
+    "eight schools": (eight_schools(ERROR).given({"y": EFFECT}), schools_by_hand, 10, 1000, 9),
     "logistic 1000 x 25": (logistic(INPUTS).given({"y": LABELS}), logistic_by_hand, 25, 1000, 5),
     "stochastic volatility 500, centred": (volatility(500).given({"r": RETURNS}), volatility_by_hand, 502, 200, 1),
 }

@@ -24,6 +24,7 @@ from expectax.ppl._program import bound_program
 from expectax.ppl._staging import check_key
 
 from ._population import Population, refuse_missing, weighed, whole
+from ._weights import log_ratio
 
 Transform = Callable[[Choices, Choices], tuple[Choices, Choices]]
 """`transform(latents, auxiliary) -> (new latents, new auxiliary)`, one to one."""
@@ -189,7 +190,8 @@ class _Move:
             (new, back), log_jacobian = _with_jacobian(self.transform, z, k)
             start = (z, k) if self.inverse is None else self.inverse(new, back)
         log_l = self._undone(new, back)
-        weight = self.after.log_density_inside(new) + log_l - self.before.log_density_inside(z) - log_k + log_jacobian
+        there = self.after.log_density_inside(new) + log_l - log_k + log_jacobian
+        weight = log_ratio(there, self.before.log_density_inside(z))
         return new, weight, _differences((z, k), start)
 
     def _drawn(self, z: Choices) -> tuple[Choices, Any]:

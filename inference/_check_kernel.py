@@ -24,6 +24,7 @@ from expectax.ppl._selection import chosen_by
 from expectax.ppl._staging import check_key
 
 from ._kernel import Kernel, check_kernel_value, stationary_state
+from ._ranks import rank
 from ._run import transition
 from ._target import Target
 
@@ -231,21 +232,10 @@ def _ranks(
         whole = jax.tree.map(lambda a, b: jnp.concatenate([jnp.asarray(a, b.dtype)[None], b]), start.position, path)
         measured = jax.vmap(lambda x: _measured(statistics, target, kernel.latents(target, x)))(whole)
         keys = jax.random.split(key_ties, len(measured))
-        return {n: _rank(k, x) for k, (n, x) in zip(keys, measured.items(), strict=True)}, jnp.mean(rates)
+        return {n: rank(k, x[0], x[1:]) for k, (n, x) in zip(keys, measured.items(), strict=True)}, jnp.mean(rates)
 
     ranks, rates = jax.vmap(one)(jax.random.split(key, chains))
     return ranks, jnp.mean(rates)
-
-
-def _rank(key: Any, values: Any) -> Any:
-    """Return the rank of the first value, ties broken at random; what differs by rounding is a tie."""
-    first, others = values[0], values[1:]
-    tied = jnp.abs(others - first) <= 256 * jnp.finfo(values.dtype).eps * (1 + jnp.abs(first))
-    tied = tied | (others == first)  # infinite ones too
-    below = jnp.sum(~tied & (others < first))
-    rank = below + jax.random.randint(key, (), 0, jnp.sum(tied) + 1)
-    rank = jnp.where(jnp.any(jnp.isnan(others)), _IMPOSSIBLE, rank)
-    return jnp.where(jnp.isnan(first), _UNUSABLE, rank)
 
 
 @compiled

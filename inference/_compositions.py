@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from numpyro import distributions as dist
 
-from expectax.ppl import Posterior, Program, sample
+from expectax.ppl import Posterior, Program
 from expectax.ppl._nested import Choices
 
+from ._accept import accepted, chosen
 from ._ancestors import Method
 from ._kernel import Kernel
 from ._population import Population, advance, rejuvenate, resample, spawn, weighed
@@ -40,7 +40,7 @@ def smc(
     Args:
         posterior: a model with one `lax.scan`, and nothing to choose or observe after it.
         num_particles: at least 1.
-        proposal: as in `advance`.
+        proposal: as in `particle_filter`.
         method: as in `ancestors`.
         threshold: as in `resample`.
         num_steps: how many steps; all by default.
@@ -64,8 +64,8 @@ def smc(
     """
     length = check_in_time(posterior, "smc") if num_steps is None else num_steps
     cloud = spawn(posterior, num_particles, time=0)
-    for step in range(length):
-        cloud = advance(resample(cloud, method, threshold) if step else cloud, proposal=proposal)
+    for _ in range(length):
+        cloud = advance(resample(cloud, method, threshold), proposal=proposal)
     return cloud
 
 
@@ -175,14 +175,9 @@ def marginal_move(prior: Program, proposal: Any, run: Callable[[Choices], Any], 
     new, other = moved.choices, run(moved.choices)
     there = prior.assess_inside(new)[0] + other.log_evidence - moved.log_density
     here = prior.assess_inside(theta)[0] + own.log_evidence - proposal(new).assess_inside(theta)[0]
-    accept = accepted(there - here, jnp.isneginf(here))
-    return jax.tree.map(lambda a, b: jnp.where(accept, a, b), (new, other), (theta, own))
-
-
-def accepted(log_ratio: Any, always: Any = False) -> Any:
-    """Accept with probability min(1, ratio), and always from an impossible point; nan never."""
-    probability = jnp.where(always, 1.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
-    return sample("accept", dist.Bernoulli(jnp.where(jnp.isnan(probability), 0.0, probability))) == 1
+    impossible = jnp.isneginf(here)  # such a point is always left
+    go, _ = accepted(jnp.where(impossible, 0.0, there - jnp.where(impossible, 0.0, here)))
+    return chosen(go, (new, other), (theta, own))
 
 
 def smc2(

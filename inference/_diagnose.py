@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from scipy import special, stats
 
 from ._hamiltonian import Hamiltonian
 from ._summary import scalars, summarize
@@ -134,6 +133,8 @@ def divergent_region(chains: Chains) -> list[tuple[str, float]]:
     A transition starts at the draw before it. A difference counts if it exceeds both a half and what chance makes of the
     largest of so many differences of independent draws.
     """
+    from scipy import special, stats  # here, because importing it takes long
+
     divergent = np.asarray(chains.statistics["divergent"])[:, 1:].ravel()
     number = int(divergent.sum())
     if not 0 < number < divergent.size:

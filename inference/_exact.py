@@ -216,3 +216,8 @@ def _branches(branches: Any, values: list[Any], choose: Any, mask: Any) -> tuple
         log_probability, outputs = _run(branch, guarded(taken, operands), choose, taken)
         total, results = total + log_probability, [*results, outputs]
     return total, [select(index, list(cases)) for cases in zip(*results, strict=True)]
+
+
+def tolerance_or_default(tolerance: float | None) -> float:
+    """Return the tolerance given, or what rounding leaves of an exact sum."""
+    return tolerance if tolerance is not None else (1e-10 if jnp.result_type(float) == jnp.float64 else 1e-5)

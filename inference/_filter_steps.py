@@ -31,9 +31,8 @@ from expectax.ppl._staging import scalar
 from expectax.ppl._visitors import rebinding
 
 from ._ancestors import Ancestors, Method
-from ._population import weighed
 from ._sequence import Sequence
-from ._weights import log_mean_and_size
+from ._weights import log_mean_and_size, weighed
 
 _DEEPEST = 10.0
 """How far below the largest look-ahead weight another one may lie: a particle with weight must stay possible, also in

@@ -13,7 +13,7 @@ from expectax.ppl import ControlFlowError, Posterior, sample
 from expectax.ppl._joint_values import joint_values
 from expectax.ppl._nested import leaves_of
 
-from ._exact import exact
+from ._exact import exact, tolerance_or_default
 from ._kernel import Kernel, check_kernel_value, stationary_state
 from ._target import Target
 
@@ -72,11 +72,7 @@ def assert_invariant(
         return state.position, after.position
 
     law = exact(once)
-    return _compared(kernel, law, _limit(tolerance))
-
-
-def _limit(tolerance: float | None) -> float:
-    return (1e-10 if jnp.result_type(float) == jnp.float64 else 1e-5) if tolerance is None else tolerance
+    return _compared(kernel, law, tolerance_or_default(tolerance))
 
 
 def _compared(kernel: Kernel, law: Any, tolerance: float) -> float:

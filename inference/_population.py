@@ -25,14 +25,15 @@ from expectax.ppl._nested import Choices, leaves_of, merged, nested
 from expectax.ppl._posterior import check_posterior
 from expectax.ppl._program import bound_program
 
-from ._absent import refreshed
 from ._ancestors import Ancestors, Method
+from ._filter_steps import FilterSteps
 from ._kernel import Kernel
+from ._moves import moved, unadapted
 from ._on import check_memoryless
 from ._particles import Particles
 from ._sequence import Sequence, prefix
 from ._target import Target
-from ._weights import effective_sample_size, log_mean_exp, weighed
+from ._weights import effective_sample_size, log_mean_exp, log_ratio, weighed
 
 
 class Population(eqx.Module):
@@ -135,8 +136,8 @@ def advance(population: Population, *, proposal: Any = None) -> Population:
 
     Args:
         population: of a run in time (`spawn(..., time=0)`).
-        proposal: `proposal(latents so far, time)`, a bound program whose sites are the step's latents; None for the
-            model's own step (a bootstrap filter).
+        proposal: as in `particle_filter`: `proposal(context)`, a bound program whose sites are the step's latents; None
+            for the model's own step (a bootstrap filter).
 
     Returns:
         The population one step on, from a keyless program.
@@ -155,18 +156,17 @@ def advance(population: Population, *, proposal: Any = None) -> Population:
     sequence = Sequence.of(posterior.program, "advance")
     if time >= sequence.length:
         raise ValueError(f"advance: all {sequence.length} steps of the scan have been done.")
-    observed = sequence.at(posterior.observations, time)
+    steps = FilterSteps(posterior, sequence, population.log_weights.shape[0], proposal)
+    observed, reverse = sequence.at(posterior.observations, time), sequence.cut.scan.params["reverse"]
+    names = sequence.addresses
 
     def particle(state: Any, latents: Choices) -> Any:
-        drawn, log_q = _proposed(proposal, latents, time)
-        step = sequence.step(state, time, merged(drawn, observed))
-        new = {path: x for path, x in leaves_of(step.choices) if path not in dict(leaves_of(observed))}
-        if proposal is not None and set(new) != {path for path, _ in leaves_of(drawn)}:
-            raise AddressError(f"advance: the proposal's sites are not the step's latents, {', '.join(sorted(new))}.")
-        return step.state, _appended(latents, new, sequence.cut.scan.params["reverse"]), step.log_weight - log_q
+        before = {a: x for a, x in latents.items() if a not in names}
+        state, new, _, change = steps.moved(state, before, time, observed)
+        return state, _appended(latents, new, reverse), change
 
     state, latents, change = jax.vmap(particle)(population.state, population.latents)
-    log_weights = population.log_weights + change
+    log_weights = weighed(population.log_weights, change)
     return Population(posterior, latents, log_weights, population.log_offset, state, time + 1)
 
 
@@ -180,7 +180,7 @@ def _proposed(proposal: Any, *args: Any) -> tuple[Choices, Any]:
     return outcome.choices, outcome.log_density
 
 
-def _appended(latents: Choices, new: dict[str, Any], reverse: bool) -> Choices:
+def _appended(latents: Choices, new: Choices, reverse: bool) -> Choices:
     """Return latents with one more step; time goes backwards where the scan does."""
     known = dict(leaves_of(latents))
 
@@ -190,7 +190,7 @@ def _appended(latents: Choices, new: dict[str, Any], reverse: bool) -> Choices:
             return now
         return jnp.concatenate([now, known[path]] if reverse else [known[path], now])
 
-    return merged(latents, nested((path, row(path, x)) for path, x in new.items()))
+    return merged(latents, nested((path, row(path, x)) for path, x in leaves_of(new)))
 
 
 def resample(population: Population, method: Method = "systematic", threshold: float = 1.0) -> Population:
@@ -258,7 +258,8 @@ def reweight(population: Population, posterior: Posterior) -> Population:
     """
     whole(population, "reweight")
     refuse_missing(posterior, "reweight")
-    ratio = lambda z: posterior.log_density_inside(z) - population.posterior.log_density_inside(z)  # noqa: E731
+    before = population.posterior
+    ratio = lambda z: log_ratio(posterior.log_density_inside(z), before.log_density_inside(z))  # noqa: E731
     weights = weighed(population.log_weights, jax.vmap(ratio)(population.latents))
     return Population(posterior, population.latents, weights, population.log_offset)
 
@@ -305,7 +306,7 @@ def extend(population: Population, posterior: Posterior, *, proposal: Any = None
         posterior.program.given(given)  # names and shapes
         outcome = posterior.program.rebind(given)
         latents = posterior.latents(outcome.choices)
-        return latents, outcome.log_weight - log_q - before.log_density_inside(z)
+        return latents, log_ratio(outcome.log_weight - log_q, before.log_density_inside(z))
 
     latents, ratio = jax.vmap(particle)(population.latents)
     return Population(posterior, latents, weighed(population.log_weights, ratio), population.log_offset)
@@ -363,19 +364,8 @@ def rejuvenate(population: Population, kernel: Kernel, parameters: Any = None, *
     target = Target(population.target)
     refuse_missing(population.posterior, "rejuvenate")
 
-    def particle(latents: Choices) -> Choices:
-        state = kernel.init(target, refreshed(target.posterior, latents))
-        own = kernel.adaptation(target, state).unadapted if parameters is None else parameters
-
-        def step(state: Any, _: Any) -> tuple[Any, None]:
-            after, _ = kernel.step(target, state, own)
-            return jax.tree.map(lambda new, old: jnp.asarray(new, jnp.result_type(old)), after, state), None
-
-        state, _ = lax.scan(step, state, None, length=num_steps)
-        moved = kernel.latents(target, state.position)
-        return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), moved, latents)
-
-    latents = jax.vmap(particle)(population.latents)
+    own = unadapted(kernel, target, population.latents) if parameters is None else parameters
+    latents = moved(kernel, target, population.latents, own, num_steps).latents
     state = population.state
     if population.time is not None:
         program, observations = target.posterior.program, target.posterior.observations

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
-from scipy import stats
 
 from expectax.ppl import AddressError, Posterior, Program, ShapeError
 from expectax.ppl._compile import compiled
@@ -22,6 +21,7 @@ from expectax.ppl._program import program_of
 from expectax.ppl._staging import check_key
 
 from ._chains import Chains
+from ._ranks import rank
 
 _MOST_BINS, _LEAST_EXPECTED = 20, 10
 
@@ -69,6 +69,8 @@ def uniformity(ranks: np.ndarray, num_draws: int) -> float:
     bin_of = np.arange(num_draws + 1) * bins // (num_draws + 1)
     expected = number * np.bincount(bin_of) / (num_draws + 1)
     counts = np.bincount(bin_of[ranks], minlength=bins)
+    from scipy import stats  # here, because importing it takes long
+
     return float(stats.chi2.sf(((counts - expected) ** 2 / expected).sum(), bins - 1))
 
 
@@ -169,13 +171,7 @@ def _ranks(program: Program, observed: frozenset[str], sampler: Any, num_draws: 
     quantities = [*((path, value, dict(leaves_of(draws))[path]) for path, value in leaves_of(truth))]
     quantities.append(("log_joint", posterior.log_density_inside(truth), jax.vmap(posterior.log_density_inside)(draws)))
     keys = jax.random.split(key_ties, len(quantities))
-    return {path: _rank(key, true, drawn) for key, (path, true, drawn) in zip(keys, quantities, strict=True)}
-
-
-def _rank(key: Any, true: Any, drawn: Any) -> Any:
-    """Return the rank among draws, uniform between the least and the largest where draws tie with the truth."""
-    less, ties = jnp.sum(drawn < true, 0), jnp.sum(drawn == true, 0)
-    return less + jax.random.randint(key, jnp.shape(less), 0, ties + 1)
+    return {path: rank(key, true, drawn) for key, (path, true, drawn) in zip(keys, quantities, strict=True)}
 
 
 def _draws(result: Any, truth: Choices, num_draws: int) -> Choices:

@@ -32,7 +32,7 @@ from ._population import weighed
 from ._sampled import Sampled, Schedule, check_sampled
 from ._target import Target
 from ._tempered import check_settings, size_of
-from ._weights import effective_sample_size, log_mean_exp, normalized_weights
+from ._weights import effective_sample_size, log_mean_exp, log_ratio, normalized_weights
 
 Family = Callable[[Any], Posterior]
 
@@ -317,8 +317,7 @@ def _keyless(
         number, own = inputs
         posterior = at(number)
         density = jax.vmap(posterior.log_density_inside)(cloud.latents)
-        gone = jnp.isneginf(density) | jnp.isneginf(cloud.log_density)
-        change = jnp.where(gone, -jnp.inf, density - jnp.where(gone, 0.0, cloud.log_density))
+        change = log_ratio(density, cloud.log_density)
         cloud = cloud._replace(log_density=density, log_weights=weighed(cloud.log_weights, change))
         return _after_weighing(posterior, kernel, settings, tuned, cloud, own)
 

@@ -14,14 +14,9 @@ from expectax.ppl._joint_values import joint_values
 from expectax.ppl._nested import leaves_of
 
 from ._absent import without_absent
-from ._exact import exact
+from ._exact import exact, tolerance_or_default
 from ._particles import Particles
 from ._population import Population
-
-
-def tolerance_or_default(tolerance: float | None) -> float:
-    """Return the tolerance given, or what rounding leaves of an exact sum."""
-    return tolerance if tolerance is not None else (1e-10 if jnp.result_type(float) == jnp.float64 else 1e-5)
 
 
 def assert_valid(

@@ -62,3 +62,9 @@ def weighed(log_weights: Any, change: Any) -> Any:
     """Return changed log weights; a particle without weight stays so, whatever its change."""
     gone = jnp.isneginf(log_weights)
     return jnp.where(gone, -jnp.inf, jnp.where(gone, 0.0, log_weights) + change)
+
+
+def log_ratio(after: Any, before: Any) -> Any:
+    """Return `after - before` of log densities; what was impossible before stays without weight."""
+    gone = jnp.isneginf(before)
+    return jnp.where(gone, -jnp.inf, after - jnp.where(gone, 0.0, before))

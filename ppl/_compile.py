@@ -231,12 +231,18 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Jit an entry point of the library: arrays are data, everything else is part of the program."""
+    """Jit an entry point of the library: arrays are data, everything else is part of the program.
+
+    While it is traced, each program of a user's is staged once, however often a kernel asks for its density.
+    """
 
     @eqx.filter_jit
     def run(state: Fingerprint, args: Any, kwargs: Any) -> Any:
+        from ._staging import staging_once
+
         del state  # part of the cache's key only
-        return function(*args, **kwargs)
+        with staging_once():
+            return function(*args, **kwargs)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

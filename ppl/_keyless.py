@@ -17,6 +17,7 @@ from numpyro.distributions import constraints
 
 from ._evaluate import evaluate
 from ._sample import sample
+from ._staging import staging_once
 from ._visitors import generating
 
 
@@ -33,7 +34,8 @@ def opened(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Any], Ca
         box.append((tree, static))
         return flat
 
-    jaxpr = jax.make_jaxpr(run)(*leaves)
+    with staging_once():
+        jaxpr = jax.make_jaxpr(run)(*leaves)
     tree, static = box[-1]
     return jaxpr, leaves, lambda outputs: eqx.combine(jax.tree.unflatten(tree, outputs), static)
 

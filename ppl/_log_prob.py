@@ -2,13 +2,15 @@ r"""The log densities of numpyro's distributions; of those by logits with formul
 
 With $s(l) = \log(1 + e^l)$ a coin has the log probability $y l - s(l)$, whose derivative at $l = 0$ is $y - 1/2$. numpyro
 (0.22) writes $s$ by $|l|$ and $\max(l, 0)$, of which JAX's derivatives at 0 do not add up to it: where a network starts with
-zeros, its first gradient would be wrong.
+zeros, its first gradient would be wrong. The two distributions are put in the places of numpyro's wherever they stand, in a
+mixture too.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.nn import softplus
 from jax.scipy.special import gammaln
@@ -17,39 +19,41 @@ from numpyro import distributions as dist
 
 def log_prob(d: dist.Distribution, value: Any) -> Any:
     """Return the log density of a value, of the batch shape of the distribution."""
-    if not _by_logits(d):
-        return d.log_prob(value)
-    if isinstance(d, dist.Independent):
-        terms = log_prob(d.base_dist, value)
-        return jnp.sum(terms, axis=tuple(range(terms.ndim - d.reinterpreted_batch_ndims, terms.ndim)))
-    if isinstance(d, dist.ExpandedDistribution):
-        terms = log_prob(d.base_dist, value)
-        return jnp.broadcast_to(terms, jnp.broadcast_shapes(terms.shape, d.batch_shape))
-    if isinstance(d, dist.MaskedDistribution):
-        return jnp.where(d._mask, log_prob(d.base_dist, value), 0.0)
-    return _binomial(d, value) if isinstance(d, dist.BinomialLogits) else _bernoulli(d, value)
+    mended = jax.tree.map(_mended, d, is_leaf=lambda x: type(x) in _MENDED)
+    return mended.log_prob(value)
 
 
-def _by_logits(d: Any) -> bool:
-    while isinstance(d, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
-        d = d.base_dist
-    return type(d) in (dist.BernoulliLogits, dist.BinomialLogits)
+def _mended(part: Any) -> Any:
+    own = _MENDED.get(type(part))
+    if own is None:
+        return part
+    leaves, structure = part.tree_flatten()
+    return own.tree_unflatten(structure, leaves)
 
 
-def _bernoulli(d: Any, value: Any) -> Any:
-    logits = d.logits
-    if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
-        return -softplus(jnp.where(value == 1, -logits, logits))
-    finite = jnp.isfinite(logits)  # a relaxed choice is differentiated too, so that its product stays
-    safe = jnp.where(finite, logits, 0.0)
-    certain = jnp.where((value > 0.5) == (logits > 0), 0.0, -jnp.inf)
-    return jnp.where(finite, value * safe - softplus(safe), certain)
-
-
-def _binomial(d: Any, value: Any) -> Any:
-    count, logits = d.total_count, jnp.asarray(d.logits)
-    ways = gammaln(count + 1.0) - gammaln(value + 1.0) - gammaln(count - value + 1.0)
+def _known(logits: Any) -> tuple[Any, Any]:
+    """Return whether logits are finite, and finite ones in the place of those that are not."""
     finite = jnp.isfinite(logits)
-    safe = jnp.where(finite, logits, 0.0)
-    certain = jnp.where(value == jnp.where(logits > 0, count, 0), 0.0, -jnp.inf)
-    return ways + jnp.where(finite, value * safe - count * softplus(safe), certain)
+    return finite, jnp.where(finite, logits, 0.0)
+
+
+class _Bernoulli(dist.BernoulliLogits):
+    def log_prob(self, value: Any) -> Any:
+        logits = jnp.asarray(self.logits)
+        if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+            return -softplus(jnp.where(value == 1, -logits, logits))
+        finite, safe = _known(logits)  # a relaxed choice is differentiated too, so that its product stays
+        certain = jnp.where((value > 0.5) == (logits > 0), 0.0, -jnp.inf)
+        return jnp.where(finite, value * safe - softplus(safe), certain)
+
+
+class _Binomial(dist.BinomialLogits):
+    def log_prob(self, value: Any) -> Any:
+        count, logits = jnp.asarray(self.total_count), jnp.asarray(self.logits)
+        ways = gammaln(count + 1.0) - gammaln(value + 1.0) - gammaln(count - value + 1.0)
+        finite, safe = _known(logits)
+        certain = jnp.where(value == jnp.where(logits > 0, count, 0), 0.0, -jnp.inf)
+        return ways + jnp.where(finite, value * safe - count * softplus(safe), certain)
+
+
+_MENDED = {dist.BernoulliLogits: _Bernoulli, dist.BinomialLogits: _Binomial}

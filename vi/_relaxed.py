@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from numpyro import distributions as dist
 
+from expectax.ppl._log_prob import log_prob
+
 from ._measure_valued import innermost
 from ._strategy import Draw, Relaxation
 
@@ -158,7 +160,7 @@ class Rebar:
         perturbed = _perturbed(innermost(distribution), value, key)
         free, bound = (perturbed.relaxed(z, self.temperature) for z in (perturbed.free, perturbed.bound))
         return Draw(
-            value, score=distribution.log_prob(value), relaxation=Relaxation(free, bound, jnp.asarray(self.scale))
+            value, score=log_prob(distribution, value), relaxation=Relaxation(free, bound, jnp.asarray(self.scale))
         )
 
     def fits(self, distribution: Any) -> str | None:

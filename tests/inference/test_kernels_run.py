@@ -87,8 +87,9 @@ def test_a_mixture_end_to_end(name):
             break
     else:
         pytest.fail(str([(n, rows[n].mean, value) for n, value in names.items()]))
+    other, key = mixture().given({"y": DATA + 1}), jax.random.key(1)
     with count_compiles() as compiles:
-        inference.mcmc(mixture().given({"y": DATA + 1}), kernel, key=jax.random.key(1), **run)
+        inference.mcmc(other, kernel, key=key, **run)
     assert compiles == []
     if name == "cycle":
         nothing, own = chains.parameters

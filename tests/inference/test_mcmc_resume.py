@@ -57,7 +57,7 @@ def test_two_runs_are_one(first):
 
 def test_a_resumed_run_compiles_nothing_and_takes_another_key():
     chains = run()
-    chains.resume(60)
+    chains.resume(60), chains.resume(60, key=jax.random.key(2))
     with count_compiles() as compiles:
         same, other = chains.resume(60), chains.resume(60, key=jax.random.key(1))
     assert compiles == []

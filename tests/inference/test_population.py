@@ -35,16 +35,36 @@ def test_a_filter_that_resamples_where_it_is_needed(threshold):
 
 
 @ex.model
-def looking_ahead(latents, time):
+def looking_ahead(now):
     """A step's bit, likely to be the one before."""
-    z = latents["z"][-1] if time else latents["start"]
-    ex.sample("z", dist.Bernoulli(jnp.where(z == 1, 0.6, 0.25)))
+    ex.sample("z", dist.Bernoulli(jnp.where(now.carry == 1, 0.6, 0.25)))
 
 
 def test_a_guided_filter():
     """Catches: the proposal's density forgotten, or the model's."""
     run = lambda target: inference.smc(target, 2, proposal=looking_ahead)  # noqa: E731
     inference.assert_valid(run, hidden_posterior(2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_verbs_and_the_filter_are_one_algorithm(method):
+    """The exact laws of the evidence are the same. Catches: a loop of steps that is another algorithm, also a valid one."""
+    posterior = hidden_posterior(2)
+
+    def law(run):
+        measure = inference.exact(run)
+        values, index = np.unique(np.round(np.asarray(measure.values), 10), return_inverse=True)
+        return values, np.bincount(index, np.asarray(measure.probabilities))
+
+    verbs = law(lambda: inference.smc(posterior, 2, method=method, proposal=looking_ahead).log_evidence)
+    scanned = law(
+        lambda: (
+            inference.filtering(
+                posterior, 2, method=method, ess_threshold=1.0, proposal=looking_ahead, store="evidence"
+            ).log_evidence
+        )
+    )
+    np.testing.assert_allclose(verbs, scanned, atol=1e-10)
 
 
 def test_resample_move():
@@ -280,8 +300,8 @@ def test_refusals():
         run(lambda: inference.resample(cloud(), threshold=2.0))
     with pytest.raises(ex.ppl.ControlFlowError, match="exactly one lax.scan"):
         run(lambda: inference.spawn(pair_posterior(), 2, time=0))
-    with pytest.raises(ex.ppl.AddressError, match="proposal's sites are not the step's latents, z"):
-        run(lambda: inference.advance(cloud(), proposal=lambda latents, time: stays(0.5)))
+    with pytest.raises(ex.ppl.AddressError, match="proposal has the sites stay, but the latents of a step are z"):
+        run(lambda: inference.advance(cloud(), proposal=lambda now: stays(0.5)))
     with pytest.raises(ex.ppl.ShapeError, match="'y' are given in part"):
         part = hidden(0.8, 2).given({"y": ex.masked(jnp.array([0.3, jnp.nan]))})
         run(lambda: inference.spawn(part, 2, time=0))

@@ -422,7 +422,7 @@ def test_settings_that_do_not_fit():
     with pytest.raises(ValueError, match="divisible"):
         run(waste_free=True, num_moves=2)
     with pytest.raises(ValueError, match="method"):
-        run(method="residual")
+        run(method="best")
     with pytest.raises(ValueError, match="keyless"):
         run(key=None)
     with pytest.raises(ValueError, match="parameters"):

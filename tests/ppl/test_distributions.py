@@ -404,6 +404,10 @@ BY_LOGITS = {
     "expanded": lambda x: dist.Bernoulli(logits=x).expand([2]),
     "masked": lambda x: dist.Bernoulli(logits=x * jnp.ones(2)).mask(jnp.array([True, False])),
     "binomial": lambda x: dist.Binomial(5, logits=x),
+    "mixture": lambda x: dist.MixtureSameFamily(
+        dist.Categorical(probs=jnp.array([0.3, 0.7])), dist.Bernoulli(logits=jnp.stack([x, 2.0 * x]))
+    ),
+    "zero-inflated": lambda x: dist.ZeroInflatedDistribution(dist.Binomial(5, logits=x), gate=0.2),
 }
 
 

@@ -143,3 +143,10 @@ def test_a_control_is_the_baseline_of_its_own_choice_alone(other):
 
     exact = np.array([together(P), jax.grad(together)(P)])
     two_stage_z(lambda key, n: sampler(jax.random.split(key, n)), exact, KEY, 4000)
+
+
+def test_the_score_of_a_logit_of_zero():
+    """Catches: numpyro's derivative at 0, which is 1 for heads and 0 for tails."""
+    for value, expected in ((0, -0.5), (1, 0.5)):
+        score = lambda x, value=value: vi.Rebar().couple(dist.Bernoulli(logits=x), jnp.asarray(value), KEY).score
+        np.testing.assert_allclose(jax.grad(score)(0.0), expected, rtol=1e-6)
