@@ -232,10 +232,17 @@ def _ranks(
         whole = jax.tree.map(lambda a, b: jnp.concatenate([jnp.asarray(a, b.dtype)[None], b]), start.position, path)
         measured = jax.vmap(lambda x: _measured(statistics, target, kernel.latents(target, x)))(whole)
         keys = jax.random.split(key_ties, len(measured))
-        return {n: rank(k, x[0], x[1:]) for k, (n, x) in zip(keys, measured.items(), strict=True)}, jnp.mean(rates)
+        return {n: _rank(k, x) for k, (n, x) in zip(keys, measured.items(), strict=True)}, jnp.mean(rates)
 
     ranks, rates = jax.vmap(one)(jax.random.split(key, chains))
     return ranks, jnp.mean(rates)
+
+
+def _rank(key: Any, values: Any) -> Any:
+    """Return the rank of the first value, or the mark of one that is nan or stands among such."""
+    first, others = values[0], values[1:]
+    found = jnp.where(jnp.any(jnp.isnan(others)), _IMPOSSIBLE, rank(key, first, others))
+    return jnp.where(jnp.isnan(first), _UNUSABLE, found)
 
 
 @compiled
